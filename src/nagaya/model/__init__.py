@@ -1,0 +1,1 @@
+"""Pure, frozen descriptions of what Nagaya manages. No input or output happens here."""
