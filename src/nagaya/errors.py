@@ -14,8 +14,11 @@ machine-readable ``details``. ``code`` is stable and documented; ``status`` is w
     │   ├── NameTaken           409
     │   ├── GuestAgentUnavailable 409  the guest does not answer (yet)
     │   └── AcceleratorRefused  409  the demanded accelerator does not work here
+    ├── MethodNotAllowed        405
+    ├── NotAcceptable           406  nothing of what Accept names can be answered
     ├── PreconditionFailed      412  If-Match does not match
     ├── TooLarge                413
+    ├── UnsupportedMedia        415  the body is not what the route takes
     ├── EmulatorMissing         424  QEMU is missing or too old
     ├── ImageUnusable           424  an image is missing files or damaged
     ├── OutOfResources          507  memory, processors or disk do not suffice
@@ -121,6 +124,16 @@ class AcceleratorRefused(Conflict):
     code = "accelerator-refused"
 
 
+class MethodNotAllowed(NagayaError):
+    code = "method-not-allowed"
+    status = 405
+
+
+class NotAcceptable(NagayaError):
+    code = "not-acceptable"
+    status = 406
+
+
 class PreconditionFailed(NagayaError):
     code = "precondition-failed"
     status = 412
@@ -129,6 +142,11 @@ class PreconditionFailed(NagayaError):
 class TooLarge(NagayaError):
     code = "too-large"
     status = 413
+
+
+class UnsupportedMedia(NagayaError):
+    code = "unsupported-media"
+    status = 415
 
 
 class EmulatorMissing(NagayaError):
