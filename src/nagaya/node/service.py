@@ -1,0 +1,279 @@
+"""What one host offers the control plane: composes the engine, the images and the network.
+
+Directories of one machine: ``data/machines/<id>`` (disk, identity, the last launched incarnation) and
+``run/machines/<id>`` (what belongs to its processes). A machine has a driver while something runs or is wanted of it;
+one that merely rests on disk costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from nagaya import host
+from nagaya.errors import NotFound, chain
+from nagaya.host import Paths
+from nagaya.machine import compile as compiler
+from nagaya.machine.accelerator import Accelerators
+from nagaya.machine.console import Viewer
+from nagaya.machine.driver import Driver, Prepared
+from nagaya.machine.process import Confinement
+from nagaya.model.image import Image
+from nagaya.model.machine import Accelerator, Architecture, MachineSpec, NetworkMode, Observation, Wanted
+from nagaya.model.node import (
+    Executed,
+    Finding,
+    Gone,
+    NodeFacts,
+    Progress,
+    Synced,
+    memory_budget_mib,
+)
+from nagaya.network import user as user_network
+from nagaya.node import doctor, facts
+from nagaya.node.identity import Identities
+from nagaya.settings import Settings
+from nagaya.storage import qemuimg
+from nagaya.storage.images import ImageStore
+
+log = structlog.get_logger(__name__)
+
+Report = Observation | Gone | Synced
+
+
+class Service:
+    """The node, in-process. Implements ``control.nodes.Node`` structurally; see there for what each method promises."""
+
+    def __init__(self, paths: Paths, settings: Settings) -> None:
+        self._paths = paths
+        self._instance = ""
+        self._images = ImageStore(paths.images)
+        self._accelerators = Accelerators(
+            paths.data / "accelerators.json",
+            facts.host_architecture(),
+            silence_s=settings.trial.silence_s,
+            deadline_s=settings.trial.deadline_s,
+        )
+        self._identities = Identities(settings.jail.uid_base, settings.jail.uid_count) if os.geteuid() == 0 else None
+        self._drivers: dict[str, Driver] = {}
+        self._watchers: list[asyncio.Queue[Report]] = []
+        self._network: compiler.Network | None = None
+        self._limits: tuple[str, ...] = ()
+
+    # --- life
+
+    async def start(self) -> None:
+        """Take over every machine that runs, or ran, here; all at once."""
+        for directory, mode in (
+            (self._paths.machines, 0o711),
+            (self._paths.machines_runtime, 0o711),
+            (self._paths.images, 0o755),
+        ):
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(mode)
+        self._instance = host.instance_name(self._paths.data)
+        known = [entry.name for entry in os.scandir(self._paths.machines_runtime) if entry.is_dir()]
+        await asyncio.gather(*(self._driver(machine_id).started() for machine_id in known))
+
+    async def stop(self) -> None:
+        """Let go of the machines; they run on."""
+        await asyncio.gather(*(driver.close() for driver in self._drivers.values()))
+
+    def _driver(self, machine_id: str) -> Driver:
+        driver = self._drivers.get(machine_id)
+        if driver is None:
+            driver = Driver(
+                machine_id,
+                runtime=self._paths.machines_runtime / machine_id,
+                data=self._paths.machines / machine_id,
+                prepare=lambda spec, avoid: self._prepare(machine_id, spec, avoid),
+                report=self._publish,
+            )
+            self._drivers[machine_id] = driver
+        return driver
+
+    def _publish(self, report: Report) -> None:
+        for watcher in self._watchers:
+            watcher.put_nowait(report)
+
+    # --- what it has
+
+    @property
+    def name(self) -> str:
+        return facts.node_name()
+
+    async def facts(self) -> NodeFacts:
+        return facts.collect(
+            self._paths.data,
+            tuple([await self._accelerators.emulator(a) for a in Architecture]),
+            self._accelerators.verdicts(),
+            host.cgroup_version() or "none",
+        )
+
+    async def choose_accelerator(self, architecture: Architecture, demanded: Accelerator | None) -> Accelerator:
+        return (await self._accelerators.choose(architecture, demanded, self._trial_image)).accelerator
+
+    def machine_type(self, architecture: Architecture) -> str:
+        return compiler.machine_type(architecture)
+
+    def _trial_image(self, architecture: Architecture) -> tuple[Image, Path]:
+        return self._images.get("tiny", architecture)
+
+    # --- machines
+
+    async def put(self, wanted: Wanted) -> None:
+        self._driver(wanted.id).put(wanted)
+
+    async def observe(self) -> AsyncIterator[Report]:
+        queue: asyncio.Queue[Report] = asyncio.Queue()
+        # Joined before the first report is made, so that no change falls between the list and the stream.
+        self._watchers.append(queue)
+        try:
+            for driver in list(self._drivers.values()):
+                yield driver.observation
+            yield Synced()
+            while True:
+                yield await queue.get()
+        finally:
+            self._watchers.remove(queue)
+
+    async def provision(self, machine_id: str, spec: MachineSpec) -> None:
+        data = self._paths.machines / machine_id
+        runtime = self._paths.machines_runtime / machine_id
+        data.mkdir(exist_ok=True)
+        runtime.mkdir(exist_ok=True)
+        runtime.chmod(0o711)
+        uid = self._claim(data)
+        if uid is not None:
+            os.chown(data, 0, uid)
+        data.chmod(0o710)
+        disk = data / "disk.qcow2"
+        if spec.disk_mib is not None and not disk.exists():
+            await qemuimg.create_disk(disk, spec.disk_mib, uid, uid)
+
+    def _claim(self, data: Path) -> int | None:
+        """The machine's own user id, kept in its directory; None when Nagaya is no root."""
+        if self._identities is None:
+            return None
+        record = data / "identity.json"
+        kept: int | None = None
+        with contextlib.suppress(FileNotFoundError):
+            kept = msgspec.json.decode(record.read_bytes())["uid"]
+        uid = self._identities.claim(data, kept)
+        if uid != kept:
+            host.atomic_write(record, msgspec.json.encode({"uid": uid}))
+            disk = data / "disk.qcow2"
+            if disk.exists():
+                os.chown(disk, uid, uid)
+        return uid
+
+    async def _prepare(self, machine_id: str, spec: MachineSpec, avoid: Accelerator | None) -> Prepared:
+        """Everything one launch needs; called by the machine's driver."""
+        data = self._paths.machines / machine_id
+        image, directory = self._images.get(spec.image, spec.architecture)
+        verdict = await self._accelerators.choose(
+            spec.architecture, spec.accelerator, self._trial_image, avoid=avoid
+        )
+        emulator = await self._accelerators.require(spec.architecture)
+        uid = self._claim(data)
+        launch = compiler.Launch(
+            machine_id=machine_id,
+            emulator=emulator,
+            accelerator=verdict.accelerator,
+            kernel=str(directory / image.kernel.name),
+            initrd=str(directory / image.initrd.name),
+            cmdline=image.cmdline,
+            disk=str(data / "disk.qcow2") if spec.disk_mib is not None else None,
+            network=await self._choose_network(spec, uid),
+        )
+        budget = memory_budget_mib(spec.memory_mib, verdict.accelerator)
+        limits = host.Limits(
+            cpu_weight=spec.cpu_weight,
+            cpu_percent=spec.cpu_limit_percent or (spec.cpus + 1) * 100,
+            memory_mib=budget,
+        )
+        return Prepared(
+            plan=compiler.compile(spec, launch),
+            confinement=Confinement(uid=uid, gid=uid, cgroups=host.create_cgroups(self._instance, machine_id, limits)),
+            accelerator=verdict.accelerator,
+            accelerator_reason=verdict.reason,
+            network=launch.network.mode,
+            network_reason=launch.network.reason,
+            ready_line=image.ready_line,
+        )
+
+    async def _choose_network(self, spec: MachineSpec, uid: int | None) -> compiler.Network:
+        if spec.network is NetworkMode.NONE:
+            return compiler.Network("none", "the machine was made without a network")
+        if self._network is None:
+            self._network = await user_network.probe(uid)
+        return self._network
+
+    async def remove(self, machine_id: str) -> None:
+        driver = self._driver(machine_id)
+        await driver.remove()
+        self._drivers.pop(machine_id, None)
+        host.remove_cgroups(self._instance, machine_id)
+        data = self._paths.machines / machine_id
+        record = data / "identity.json"
+        if self._identities is not None and record.exists():
+            self._identities.release(data, msgspec.json.decode(record.read_bytes())["uid"])
+        for directory in (self._paths.machines_runtime / machine_id, data):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(directory)
+        self._publish(Gone(machine_id))
+
+    def _known(self, machine_id: str) -> Driver:
+        if machine_id not in self._drivers and not (self._paths.machines / machine_id).is_dir():
+            raise NotFound(f"{self.name} has no machine {machine_id}")
+        return self._driver(machine_id)
+
+    async def execute(self, machine_id: str, argv: Sequence[str], stdin: bytes | None, timeout_s: float) -> Executed:
+        return await self._known(machine_id).execute(argv, stdin, timeout_s)
+
+    def console(self, machine_id: str) -> AbstractAsyncContextManager[Viewer]:
+        return self._known(machine_id).console()
+
+    async def serial_log(self, machine_id: str, max_bytes: int) -> bytes:
+        return host.read_tail(self._paths.machines_runtime / machine_id / "serial.log", max_bytes)
+
+    async def diagnose(self, machine_id: str) -> Mapping[str, Any]:
+        return await self._known(machine_id).diagnose()
+
+    # --- images
+
+    async def images(self) -> Sequence[Image]:
+        return self._images.list()
+
+    def image_buildable(self, name: str, architecture: Architecture) -> bool:
+        return self._images.buildable(name, architecture)
+
+    async def build_image(
+        self, name: str, architecture: Architecture, progress: Progress, *, rebuild: bool = False
+    ) -> Image:
+        """Build a variant, then prove that it boots: the trial also tells what can execute it here."""
+        await self._accelerators.require(architecture)
+        image = await self._images.build(name, architecture, progress, rebuild=rebuild)
+        progress(0.95, f"booting {name} for {architecture.value} to prove what can execute it")
+        await self._accelerators.choose(architecture, None, self._trial_image)
+        return image
+
+    async def delete_image(self, name: str, architecture: Architecture) -> None:
+        self._images.delete(name, architecture)
+
+    async def doctor(self) -> Sequence[Finding]:
+        return doctor.examine(await self.facts(), self._paths, await self._doctor_network())
+
+    async def _doctor_network(self) -> compiler.Network:
+        if self._network is None:
+            self._network = await user_network.probe(None)
+        return self._network
