@@ -1,7 +1,7 @@
 """The only door to the operating system: processes, files, locks, clock, facts of the host.
 
 Nothing outside this module (and the jailed parent of a machine, ``machine/parent.py``) starts a process, touches a
-control group or takes a lock.
+control group or takes a lock. Where things live is said in ``paths.py`` (the command line needs it, and little else).
 """
 
 from __future__ import annotations
@@ -13,82 +13,21 @@ import fcntl
 import os
 import shlex
 import signal
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
 
 from nagaya.errors import NagayaError
-
-SOCKET_PATH_MAX: Final = 107
-"""Bytes in sun_path (unix(7)); longer paths go through /proc/self/fd, see :func:`socket_path`."""
+from nagaya.paths import SOCKET_PATH_MAX as SOCKET_PATH_MAX
+from nagaya.paths import Paths as Paths
+from nagaya.paths import socket_path as socket_path
 
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-# --- where things live -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """The three places of one installation; ``--data DIR`` puts them all under DIR."""
-
-    data: Path
-    """What must be kept: database, images, machines."""
-    runtime: Path
-    """What belongs to running processes: sockets, process records, serial logs."""
-    config: Path
-    """``nagaya.toml``."""
-
-    @classmethod
-    def resolve(cls, data: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Paths:
-        """Where things are: ``data``, else ``NAGAYA_DATA``, else the system's (as root) or the user's places."""
-        chosen = data or environ.get("NAGAYA_DATA")
-        if chosen:
-            root = Path(chosen).expanduser().absolute()
-            return cls(root, root / "run", root / "nagaya.toml")
-        if os.geteuid() == 0:
-            return cls(Path("/var/lib/nagaya"), Path("/run/nagaya"), Path("/etc/nagaya/nagaya.toml"))
-        home = Path(environ.get("HOME") or "~").expanduser()
-        share = Path(environ.get("XDG_DATA_HOME") or home / ".local/share") / "nagaya"
-        runtime = Path(environ["XDG_RUNTIME_DIR"]) / "nagaya" if environ.get("XDG_RUNTIME_DIR") else share / "run"
-        config = Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "nagaya"
-        return cls(share, runtime, config / "nagaya.toml")
-
-    @property
-    def database(self) -> Path:
-        return self.data / "nagaya.db"
-
-    @property
-    def images(self) -> Path:
-        return self.data / "images"
-
-    @property
-    def machines(self) -> Path:
-        """One directory per machine id: its disks and its identity."""
-        return self.data / "machines"
-
-    @property
-    def machines_runtime(self) -> Path:
-        """One directory per machine id: sockets, process record, exit record, logs."""
-        return self.runtime / "machines"
-
-    @property
-    def socket(self) -> Path:
-        """The API for local clients."""
-        return self.runtime / "api.sock"
-
-    @property
-    def server_lock(self) -> Path:
-        return self.data / "server.lock"
-
-    @property
-    def server_log(self) -> Path:
-        return self.data / "server.log"
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -120,19 +59,6 @@ def read_tail(path: Path, max_bytes: int) -> bytes:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - max_bytes))
         return file.read(max_bytes)
-
-
-@contextlib.contextmanager
-def socket_path(path: Path) -> Iterator[str]:
-    """A name for a unix socket that fits ``sun_path``, valid inside the block, however long ``path`` is."""
-    if len(os.fsencode(path)) <= SOCKET_PATH_MAX:
-        yield str(path)
-        return
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
 
 
 class Lock:
@@ -246,6 +172,17 @@ async def run(
     if status != 0:
         raise CommandFailed(argv, status, (stderr or stdout).decode(errors="replace"))
     return Completed(stdout, stderr)
+
+
+def spawn(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a program that outlives its starter: a session of its own, no input, its words appended to ``log``."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=descriptor, stderr=descriptor, cwd="/", start_new_session=True
+        )
+    finally:
+        os.close(descriptor)
 
 
 def process_start_time(pid: int) -> int | None:
