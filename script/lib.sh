@@ -23,6 +23,10 @@ fail() { # WHAT WHY NEXT…: every failure says all three
     exit 1
 }
 
+# Nothing ends in silence: a command that failed where nobody expected it is named.
+set -o errtrace
+trap 'fail "${BASH_SOURCE[0]##*/} line $LINENO: $BASH_COMMAND" "it ended with exit code $?" "See the lines above, and $log"' ERR
+
 now_ms() { echo $(( ${EPOCHREALTIME/[.,]/} / 1000 )); }
 
 seconds_since() { # MILLISECONDS, as now_ms gave them
@@ -86,7 +90,7 @@ emulator_package_of() { # ARCHITECTURE: its name in Debian 12 (backports) and 13
 }
 
 qemu_version_of() { # PROGRAM: prints nothing when it is missing or broken
-    "$1" --version 2>/dev/null | sed -n 's/^[^ ]* .*version \([0-9][0-9.]*\).*/\1/p' | head -n 1
+    { "$1" --version 2>/dev/null || true; } | sed -n 's/^[^ ]* .*version \([0-9][0-9.]*\).*/\1/p' | head -n 1
 }
 
 may_install() { [[ $EUID == 0 ]] || command -v sudo >/dev/null; }
