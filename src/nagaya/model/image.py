@@ -20,7 +20,7 @@ class Image:
     """One variant of an image, as its ``manifest.json`` says.
 
     A variant lives in ``images/<name>/<architecture>/`` and is complete when its manifest is there: the manifest is
-    written last, and the directory is renamed into place.
+    written last. The names of the files hold their digests, so a rebuild leaves the files in use alone.
     """
 
     name: str
