@@ -235,3 +235,17 @@ def signal_pid(pid: int, start_time: int, number: signal.Signals) -> bool:
         return False
     finally:
         os.close(descriptor)
+
+
+def process_usage(pid: int) -> dict[str, int | float]:
+    """What one process uses: ``rss_mib``, ``cpu_s`` (all its threads, since it began), ``threads``; empty if it ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    fields = stat.rpartition(")")[2].split()  # proc(5): utime, stime, num_threads, rss are fields 14, 15, 20, 24
+    return {
+        "rss_mib": int(fields[21]) * os.sysconf("SC_PAGE_SIZE") >> 20,
+        "cpu_s": (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+        "threads": int(fields[17]),
+    }

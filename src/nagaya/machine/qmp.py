@@ -59,17 +59,27 @@ class MonitorClosed(NagayaError):
 class Monitor:
     """One connection. Made by :meth:`connect`; ``closed`` is set when it has ended, for whatever reason."""
 
-    def __init__(self, client: QMPClient, name: str) -> None:
+    def __init__(self, client: QMPClient, name: str, on_closed: Callable[[], None]) -> None:
         self.closed = asyncio.Event()
         self.reason = "it was not closed"
         """Why the connection ended, once ``closed`` is set."""
         self._client = client
         self._closing = asyncio.Event()
+        self._on_closed = on_closed
         self._watching = asyncio.create_task(self._watch(), name=f"qmp {name}")
 
     @classmethod
-    async def connect(cls, path: Path, *, timeout_s: float = COMMAND_TIMEOUT_S, on_event: OnEvent) -> Monitor:
+    async def connect(
+        cls,
+        path: Path,
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+        on_event: OnEvent = lambda *_: None,
+        on_closed: Callable[[], None] = lambda: None,
+    ) -> Monitor:
         """Connect, wait for the greeting and negotiate. No event is lost after the negotiation.
+
+        ``on_closed`` is called when QEMU ends the connection, not when :meth:`close` does.
 
         Raises TimedOut when nothing greets within ``timeout_s``, and MonitorClosed when QEMU hangs up or is not there.
         """
@@ -87,7 +97,7 @@ class Monitor:
             ) from error
         except (OSError, ProtocolFailure, EOFError) as error:
             raise MonitorClosed(f"cannot open QEMU's monitor {path}: {_root(error)}") from error
-        return cls(client, path.parent.name)
+        return cls(client, path.parent.name, on_closed)
 
     async def execute(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S, **arguments: Any) -> Any:
         """Run a command and return its value. Underscores in argument names stand for QMP's hyphens.
@@ -137,6 +147,8 @@ class Monitor:
             self.reason = f"QEMU's monitor talks nonsense: {_root(error)[:200]}"
         finally:
             self.closed.set()
+            if not self._closing.is_set():
+                self._on_closed()
 
 
 class _Dispatch(EventListener):

@@ -102,7 +102,7 @@ class MachineSpec:
 @dataclass(frozen=True, slots=True)
 class Stopped:
     why: str = "never started"
-    """``never started``, ``requested (acpi)``, ``requested (power-off)``, ``guest shut down``."""
+    """``never started``, ``requested (acpi)``, ``requested (agent)``, ``requested (power-off)``, ``guest shut down``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +135,9 @@ class Suspended:
 @dataclass(frozen=True, slots=True)
 class Stopping:
     method: str
-    """``acpi`` or ``power-off``."""
+    """``acpi`` (the power button), ``agent`` (the guest agent was asked) or ``power-off``."""
     deadline: datetime | None = None
-    """When ACPI gives way to power-off."""
+    """When asking gives way to power-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,8 @@ def decide(wanted: Wanted, state: State, launched: int, now: datetime) -> Action
             return Action.LAUNCH if wants_run and wanted.incarnation > launched else Action.NOTHING
         case Stopping():
             overdue = state.deadline is not None and now >= state.deadline
-            if state.method == "acpi" and (overdue or _forced(wanted)):
+            wants_end = not wants_run or wanted.incarnation > launched
+            if state.method != "power-off" and (overdue or (wants_end and _forced(wanted))):
                 return Action.POWEROFF
             return Action.NOTHING
         case Running() | Paused():
