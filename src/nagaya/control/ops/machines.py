@@ -1,4 +1,4 @@
-"""Operations on machines."""
+"""Operations on machines. ``if_match`` is checked in the operation's own transaction (PreconditionFailed)."""
 
 from __future__ import annotations
 
@@ -46,27 +46,31 @@ async def patch(
     raise NotImplementedError
 
 
-async def start(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
+async def start(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     raise NotImplementedError
 
 
-async def stop(plane: Plane, caller: Caller, ident: str, how: wire.MachineStop) -> wire.Accepted:
+async def stop(
+    plane: Plane, caller: Caller, ident: str, how: wire.MachineStop, *, if_match: int | None = None
+) -> wire.Accepted:
     raise NotImplementedError
 
 
-async def restart(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
+async def restart(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     raise NotImplementedError
 
 
-async def pause(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
+async def pause(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     raise NotImplementedError
 
 
-async def resume(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
+async def resume(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     raise NotImplementedError
 
 
-async def delete(plane: Plane, caller: Caller, ident: str, *, force: bool = False) -> wire.Accepted:
+async def delete(
+    plane: Plane, caller: Caller, ident: str, *, force: bool = False, if_match: int | None = None
+) -> wire.Accepted:
     """Refused (Conflict) while it runs, unless ``force``."""
     raise NotImplementedError
 
