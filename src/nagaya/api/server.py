@@ -1,0 +1,203 @@
+"""Serving the API: by a unix socket to its owner, and by TCP to whoever has the token.
+
+Both are the same app behind a different door (``api/auth.py``). Sockets are bound here, so that what is wrong with
+them is explained, and so that the next server can tell a socket in use from one that a killed server left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import os
+import re
+import socket as sockets
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from nagaya.api.auth import Door, Through, own_names, read_or_make_token
+from nagaya.errors import PortInUse, StartupError
+from nagaya.paths import socket_path
+
+log = structlog.get_logger("nagaya.api")
+
+GRACE_S: Final = 2
+"""How long requests that run when the server ends may still take."""
+BACKLOG: Final = 256
+
+
+async def serve(
+    app: FastAPI, *, socket: Path, listen: tuple[str, int] | None, token_file: Path, stop: asyncio.Event
+) -> None:
+    """Serve until ``stop`` is set; then end streams and consoles, and return within about GRACE_S.
+
+    ``listen`` is a host and a port for TCP; its token is kept in ``token_file``, made at first use. No signal handler
+    is installed. Raises PortInUse, StartupError.
+    """
+    with ExitStack() as stack:
+        doors = [(stack.enter_context(unix_socket(socket)), Door())]
+        if listen is not None:
+            door = Door(read_or_make_token(token_file), own_names([listen[0]]))
+            doors.append((stack.enter_context(tcp_socket(*listen)), door))
+        async with asyncio.TaskGroup() as group:
+            for bound, door in doors:
+                group.create_task(_Listener(app, door, stop).serve([bound]))
+            await stop.wait()
+            app.state.stopping.set()
+
+
+class _Listener(uvicorn.Server):
+    """uvicorn without what belongs to the process: no signal handlers, and it ends when ``stop`` says so."""
+
+    def __init__(self, app: FastAPI, door: Door, stop: asyncio.Event) -> None:
+        super().__init__(
+            uvicorn.Config(
+                Through(app, door),
+                http="httptools",
+                ws="websockets-sansio",
+                ws_per_message_deflate=False,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        self._stop = stop
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+    async def main_loop(self) -> None:
+        while not self._stop.is_set():
+            await self.on_tick(0)  # renews the Date header
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), 1.0)
+
+
+# --- sockets ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unix_socket(path: Path) -> Iterator[sockets.socket]:
+    """A listening socket that its owner alone can open; a stale file of a killed server is replaced.
+
+    Raises PortInUse when a server answers there, StartupError when something else is in the way.
+    """
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as bound, socket_path(path) as name:
+        _clear(path, name)
+        os.fchmod(bound.fileno(), 0o600)  # the file gets the socket's mode (unix(7)): there is no moment it is open
+        bound.bind(name)
+        bound.listen(BACKLOG)
+        bound.setblocking(False)
+        made = os.lstat(name)
+        try:
+            yield bound
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(name), made):
+                    os.unlink(name)
+
+
+def _clear(path: Path, name: str) -> None:
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
+        probe.settimeout(2.0)
+        try:
+            probe.connect(name)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            if not path.is_socket():
+                raise StartupError(
+                    f"{path} is in the way: it is no socket",
+                    hint="Move it elsewhere, or use another directory with --data DIR",
+                    command=f"ls -l {path}",
+                ) from None
+            os.unlink(name)
+            return
+        except (BlockingIOError, TimeoutError):
+            raise PortInUse(f"Another server listens on {path}, and is too busy to answer") from None
+        pid = struct.unpack("3i", probe.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, 12))[0]
+    raise PortInUse(
+        f"Another server listens on {path}: {_describe(pid)}",
+        hint="Use that one, or end it first",
+        command="nagaya down",
+        details={"pid": pid},
+    )
+
+
+@contextlib.contextmanager
+def tcp_socket(address: str, port: int) -> Iterator[sockets.socket]:
+    """A listening TCP socket. Raises PortInUse naming who has it, StartupError for no address of ours."""
+    try:
+        family, kind, protocol, _, where = sockets.getaddrinfo(
+            address, port, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE
+        )[0]
+    except sockets.gaierror as error:
+        raise StartupError(
+            f"Cannot listen on {address}: {error.strerror}", hint="Give an address of this host"
+        ) from error
+    with sockets.socket(family, kind, protocol) as bound:
+        bound.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        try:
+            bound.bind(where)
+            bound.listen(BACKLOG)
+        except OSError as error:
+            raise _refused(address, port, error) from error
+        bound.setblocking(False)
+        if not ipaddress.ip_address(where[0]).is_loopback:
+            log.warning("the token travels unencrypted", listen=f"{address}:{port}")
+        yield bound
+
+
+def _refused(address: str, port: int, error: OSError) -> StartupError:
+    if error.errno == errno.EADDRINUSE:
+        holder = holder_of(port)
+        return PortInUse(
+            f"Port {port} of {address} is in use" + (f" by {_describe(holder)}" if holder else ""),
+            hint="Choose another port, or end that program",
+            command=f"nagaya up --listen {address}:{port + 1 if port < 65535 else port - 1}",
+            details={"port": port, "pid": holder},
+        )
+    if error.errno == errno.EACCES:
+        return StartupError(f"Port {port} is for root alone", hint="Choose a port from 1024 on")
+    return StartupError(
+        f"Cannot listen on {address}:{port}: {error.strerror}",
+        hint="Give an address this host has",
+        command="ip address",
+    )
+
+
+def holder_of(port: int) -> int | None:
+    """The process that listens on a TCP port, when /proc tells (it hides those of other users); proc_pid_net(5)."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if int(fields[1].rpartition(":")[2], 16) == port and fields[3] == "0A":  # LISTEN
+                    inodes.add(f"socket:[{fields[9]}]")
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended, or is another user's
+                if any(os.readlink(descriptor) in inodes for descriptor in (process / "fd").iterdir()):
+                    return int(process.name)
+    return None
+
+
+def _describe(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return f"process {pid}"
+    return f"process {pid} ({re.sub(r'[^ -~]', ' ', words).strip()[:200]})"
