@@ -25,7 +25,7 @@ fail() { # WHAT WHY NEXT…: every failure says all three
 
 # Nothing ends in silence: a command that failed where nobody expected it is named.
 set -o errtrace
-trap 'fail "${BASH_SOURCE[0]##*/} line $LINENO: $BASH_COMMAND" "it ended with exit code $?" "See the lines above, and $log"' ERR
+trap 'fail "${BASH_SOURCE[0]:-$0} line $LINENO: $BASH_COMMAND" "it ended with exit code $?" "See the lines above, and $log"' ERR
 
 now_ms() { echo $(( ${EPOCHREALTIME/[.,]/} / 1000 )); }
 
