@@ -11,7 +11,7 @@ class TaskState(StrEnum):
     UNDOING = "undoing"
     DONE = "done"
     FAILED = "failed"
-    """A step failed and what had been done was undone."""
+    """A step failed, and what had been done was undone (or, past the task's pivot, left as it is)."""
 
     @property
     def ended(self) -> bool:
