@@ -143,14 +143,7 @@ async def patch(
     """
     facts = await plane.node.facts()
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident)
-        if if_match is not None and if_match != row["generation"]:
-            raise PreconditionFailed(
-                f"{row['name']} has generation {row['generation']}, and the request is for {if_match}",
-                hint="Somebody changed it meanwhile; read it again",
-                command=f"nagaya show {row['name']}",
-                details={"generation": row["generation"], "if_match": if_match},
-            )
+        row = await _find(tx.connection, ident, if_match)
         _refuse_deleted(row)
         spec = with_changes(
             spec_of(row),
@@ -177,13 +170,15 @@ async def patch(
 
 
 @operation("machine.delete")
-async def delete(plane: Plane, caller: Caller, ident: str, *, force: bool = False) -> wire.Accepted:
+async def delete(
+    plane: Plane, caller: Caller, ident: str, *, force: bool = False, if_match: int | None = None
+) -> wire.Accepted:
     """Remove a machine and its disk; its name is free when the task is done. Asked again, it is the same task.
 
     Raises Conflict while it runs, unless ``force`` (the power is cut), and while it is still being made.
     """
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident)
+        row = await _find(tx.connection, ident, if_match)
         if not row["provisioned"]:
             raise _being_made(row)
         if row["desired"] != Desired.DELETED and row["state"] not in AT_REST and not force:
@@ -205,11 +200,11 @@ async def delete(plane: Plane, caller: Caller, ident: str, *, force: bool = Fals
 
 
 @operation("machine.start")
-async def start(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
+async def start(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     """Start a machine; one that runs already is left as it is. Raises OutOfResources, Conflict."""
     facts = await plane.node.facts()
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident)
+        row = await _find(tx.connection, ident, if_match)
         _refuse_unfinished(row)
         if row["state"] == "paused":
             raise Conflict(f"{row['name']} is paused", hint="Let it go on", command=f"nagaya resume {row['name']}")
@@ -220,20 +215,22 @@ async def start(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
 
 
 @operation("machine.restart")
-async def restart(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
+async def restart(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     """Ask the guest to shut down, and start it again, with what was changed since. Raises OutOfResources, Conflict."""
     facts = await plane.node.facts()
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident)
+        row = await _find(tx.connection, ident, if_match)
         _refuse_unfinished(row)
         return await _launch(plane, tx, caller, "machine.restart", row, facts)
 
 
 @operation("machine.stop")
-async def stop(plane: Plane, caller: Caller, ident: str, how: wire.MachineStop) -> wire.Accepted:
+async def stop(
+    plane: Plane, caller: Caller, ident: str, how: wire.MachineStop, *, if_match: int | None = None
+) -> wire.Accepted:
     """Ask the guest to shut down and cut its power after the deadline, or at once; the task says which it was."""
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident)
+        row = await _find(tx.connection, ident, if_match)
         _refuse_unfinished(row)
         return await _stop(plane, tx, caller, row, how)
 
@@ -261,10 +258,10 @@ async def stop_all_in(plane: Plane, tx: Transaction, caller: Caller) -> tuple[st
 
 
 @operation("machine.pause")
-async def pause(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
+async def pause(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     """Halt its processors; memory and connections stay. Raises Conflict when it does not run."""
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident)
+        row = await _find(tx.connection, ident, if_match)
         _refuse_unfinished(row)
         if row["state"] not in ("running", "paused") or row["desired"] not in (Desired.RUNNING, Desired.PAUSED):
             raise Conflict(
@@ -278,10 +275,10 @@ async def pause(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
 
 
 @operation("machine.resume")
-async def resume(plane: Plane, caller: Caller, ident: str) -> wire.Accepted:
+async def resume(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     """Let a paused machine go on. Raises Conflict when it is not paused, or by something else than a user."""
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident)
+        row = await _find(tx.connection, ident, if_match)
         _refuse_unfinished(row)
         if row["state"] != "paused" and row["desired"] != Desired.PAUSED:
             raise Conflict(
@@ -479,7 +476,8 @@ def _next_commands(machine: wire.Machine, findings: Sequence[wire.Finding]) -> b
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-async def _find(connection: AsyncConnection, ident: str) -> Row:
+async def _find(connection: AsyncConnection, ident: str, if_match: int | None = None) -> Row:
+    """Raises NotFound, and PreconditionFailed when ``if_match`` is not the machine's generation."""
     found = await connection.execute(
         sa.select(machines).where(sa.or_(machines.c.id == ident, machines.c.name == ident)).limit(2)
     )
@@ -487,7 +485,16 @@ async def _find(connection: AsyncConnection, ident: str) -> Row:
     if not rows:
         raise NotFound(f"There is no machine {ident}", hint="See which there are", command="nagaya ls")
     # A name may look like another machine's id; the id is meant then.
-    return next((row for row in rows if row["id"] == ident), rows[0])
+    row = next((row for row in rows if row["id"] == ident), rows[0])
+    if if_match is not None and if_match != row["generation"]:
+        raise PreconditionFailed(
+            f"{row['name']} has generation {row['generation']}, and the request is for "
+            + (str(if_match) if if_match >= 0 else "no generation of it"),
+            hint="Somebody changed it meanwhile; read it again",
+            command=f"nagaya show {row['name']}",
+            details={"generation": row["generation"], "if_match": if_match},
+        )
+    return row
 
 
 async def _noted(plane: Plane, ident: str, after: Mapping[str, Any] | None = None) -> Row:
