@@ -56,6 +56,17 @@ def create_app(plane: Plane) -> FastAPI:
 
     It admits nobody by itself: serve it through a :class:`nagaya.api.auth.Door`, as ``api/server.py`` does.
     """
+    app = api_routes()
+    app.state.plane = plane
+    app.state.stopping = asyncio.Event()
+    app.add_middleware(Edge)
+    for kind, handler in HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+    return app
+
+
+def api_routes() -> FastAPI:
+    """The routes alone: enough to make the OpenAPI document from."""
     app = FastAPI(
         title="Nagaya",
         version=__version__,
@@ -65,16 +76,11 @@ def create_app(plane: Plane) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.plane = plane
-    app.state.stopping = asyncio.Event()
     for module in (machines, images, tasks, events, nodes, server):
         app.include_router(module.router, prefix=PREFIX)
     app.add_api_websocket_route(f"{PREFIX}/machines/{{machine}}/console", live.console)
     app.add_api_route("/", welcome, include_in_schema=False)
     app.add_api_route(DOCUMENT, show_document, include_in_schema=False)
-    app.add_middleware(Edge)
-    for kind, handler in HANDLERS.items():
-        app.add_exception_handler(kind, handler)
     return app
 
 

@@ -60,8 +60,11 @@ async def until_stopping(
 # --- events ----------------------------------------------------------------------------------------------------
 
 
-def sse(call: Exchange, events: AsyncIterator[wire.Event]) -> StreamingResponse:
-    """Events as server-sent events (HTML standard §9.2). An error ends the stream with an event named ``problem``."""
+def sse(call: Exchange, events: AsyncIterator[wire.Event], only: str | None) -> StreamingResponse:
+    """Events as server-sent events (HTML standard §9.2); ``only`` those of the object with this id or name.
+
+    An error ends the stream with an event named ``problem``.
+    """
 
     async def stream() -> AsyncIterator[bytes]:
         yield b"retry: 1000\n\n"  # also makes the headers go out at once
@@ -69,7 +72,7 @@ def sse(call: Exchange, events: AsyncIterator[wire.Event]) -> StreamingResponse:
             async for event in until_stopping(events, call.request.app.state.stopping, HEARTBEAT_S):
                 if event is None:
                     yield b": still here\n\n"
-                else:
+                elif only is None or only in (event.object_id, event.object_name):
                     yield b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.kind.encode(), wire.encode(event))
         except NagayaError as error:
             yield b"event: problem\ndata: %s\n\n" % wire.encode(error.problem())

@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import Response
 from fastapi.routing import APIRoute, iter_route_contexts
 
 from nagaya import __version__, errors, wire
@@ -67,11 +68,13 @@ def documented(
     reference = {"$ref": REF.format(name=answer.__name__)} if answer else {"type": "string"}
     content = {name: {"schema": reference if name == JSON else {"type": "string"}} for name in media}
     success: dict[str, Any] = {"description": (answer and inspect.getdoc(answer)) or HTTPStatus(status).phrase}
-    success |= {"content": content} | ({"headers": {name: HEADERS[name] for name in headers}} if headers else {})
+    success |= ({"content": content} if content else {}) | (
+        {"headers": {name: HEADERS[name] for name in headers}} if headers else {}
+    )
     responses = {status: success} | _problems((*EVERYWHERE, *errors))
     if "ETag" in headers:
         responses[304] = {"description": "Not changed since the version If-None-Match names."}
-    return {"status_code": status, "response_model": None, "responses": responses}
+    return {"status_code": status, "response_model": None, "response_class": Response, "responses": responses}
 
 
 HEADERS: Final[dict[str, Any]] = {

@@ -36,7 +36,7 @@ async def list_events(
     """
     if call.request.state.media == EVENT_STREAM:
         since = last_event_id or after
-        return sse(call, events.follow(call.plane, call.caller, int(since) if since else None))
+        return sse(call, events.follow(call.plane, call.caller, int(since) if since else None), object)
     return call.reply(await events.list(call.plane, call.caller, after=after, limit=limit, object=object))
 
 
