@@ -70,7 +70,8 @@ class Lock:
 
     def acquire(self, holder: str = "") -> bool:
         """Take it without waiting. False when another process has it."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        access = os.O_RDWR if holder else os.O_RDONLY
+        descriptor = os.open(self.path, access | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -78,10 +79,16 @@ class Lock:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
             raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        if holder:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
         self._descriptor = descriptor
         return True
+
+    def fileno(self) -> int:
+        """The descriptor that holds the lock; a process that inherits it holds the lock too."""
+        assert self._descriptor is not None, "the lock is not held"
+        return self._descriptor
 
     def holder(self) -> str:
         with contextlib.suppress(FileNotFoundError):
@@ -128,6 +135,7 @@ async def run(
     timeout_s: float = 60.0,
     on_line: Callable[[str], None] | None = None,
     before_exec: Callable[[], None] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> Completed:
     """Run a program to its end. Raises CommandFailed, and TimeoutError after killing its whole process group.
 
@@ -142,6 +150,7 @@ async def run(
         cwd=cwd,
         start_new_session=True,
         preexec_fn=before_exec,
+        pass_fds=pass_fds,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -183,6 +192,11 @@ def spawn(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         )
     finally:
         os.close(descriptor)
+
+
+def boot_id() -> str:
+    """Names this boot of the host (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def process_start_time(pid: int) -> int | None:

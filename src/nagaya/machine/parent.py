@@ -1,0 +1,389 @@
+"""The tiny parent of one QEMU process: confines it, starts it, keeps its logs short and its exit record.
+
+    starter ─fork/exec→ parent.py ─fork→ (the starter's child ends)
+                          └ own session, holds the machine's lock ─fork→ network helper
+                                                                  └fork→ QEMU: waits until process.json is written,
+                                                                         gives up everything it does not need, execs
+
+It is run as ``python -I -S parent.py`` with its orders as JSON on standard input and answers one line of JSON on
+standard output: ``{"pid": …}`` or ``{"error": …, "stage": …}``. It imports the standard library only, and little of
+it, since one runs beside every machine. It outlives the server; QEMU outlives even it, and only the exit record is
+lost then. The machine's lock (a file descriptor inherited from the starter) is shared with QEMU, so it is held as long
+as either lives.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+TYPE_CHECKING = False  # typing is not imported where it only costs memory
+if TYPE_CHECKING:
+    from typing import Any
+
+    Orders = dict[str, Any]
+
+LOG_MAX = 1024 * 1024
+"""Bytes a log may reach; it may exceed this by what a guest writes within LOG_CHECK_S."""
+LOG_KEEP = 512 * 1024
+LOG_CHECK_S = 1.0
+SAFE_FD = 100
+"""Descriptors from here on are in nobody's way: programs get theirs at low numbers."""
+LOGS = ("serial.log", "qemu.log")
+
+SYSTEM_READABLE = (
+    *("/usr", "/lib", "/lib64", "/etc/ld.so.cache"),
+    *("/dev/urandom", "/dev/random", "/dev/zero"),
+    *("/proc/cpuinfo", "/proc/meminfo", "/proc/sys/vm", "/proc/sys/kernel", "/sys/devices/system"),
+)
+SYSTEM_WRITABLE = ("/dev/null",)
+
+# --- confinement (runs in the child, between fork and exec) ----------------------------------------------------
+
+# include/uapi/linux/prctl.h
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAPBSET_DROP = 24
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+# include/uapi/linux/landlock.h; the numbers of these system calls are the same on all architectures.
+SYS_LANDLOCK_CREATE_RULESET = 444
+SYS_LANDLOCK_ADD_RULE = 445
+SYS_LANDLOCK_RESTRICT_SELF = 446
+LANDLOCK_CREATE_RULESET_VERSION = 1
+LANDLOCK_RULE_PATH_BENEATH = 1
+FS_EXECUTE, FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+FS_REMOVE_FILE, FS_MAKE_SOCK, FS_TRUNCATE, FS_IOCTL_DEV = 1 << 5, 1 << 9, 1 << 14, 1 << 15
+FS_OF_FILES = FS_EXECUTE | FS_WRITE_FILE | FS_READ_FILE | FS_TRUNCATE | FS_IOCTL_DEV
+NET_BIND_TCP, NET_CONNECT_TCP = 1, 2
+SCOPE_ABSTRACT_UNIX_SOCKET, SCOPE_SIGNAL = 1, 2
+
+
+def handled_rights(abi: int) -> tuple[int, int, int]:
+    """What a ruleset of this Landlock ABI can deny: rights on files, TCP, and scopes (kernel: landlock.rst)."""
+    fs_bits = 13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16
+    net = NET_BIND_TCP | NET_CONNECT_TCP if abi >= 4 else 0
+    scoped = SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if abi >= 6 else 0
+    return (1 << fs_bits) - 1, net, scoped
+
+
+class Kernel:
+    """The system calls Python has no names for. Raises OSError."""
+
+    def __init__(self) -> None:
+        import ctypes  # only the children need it
+
+        self._ctypes = ctypes
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.syscall.restype = ctypes.c_long
+
+    def syscall(self, number: int, *arguments: object) -> int:
+        long = self._ctypes.c_long
+        result = self._libc.syscall(long(number), *(long(a) if isinstance(a, int) else a for a in arguments))
+        if result < 0:
+            code = self._ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return int(result)
+
+    def prctl(self, option: int, value: int, third: int = 0) -> None:
+        unsigned = self._ctypes.c_ulong
+        if self._libc.prctl(option, unsigned(value), unsigned(third), unsigned(0), unsigned(0)) < 0:
+            code = self._ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def landlock_abi(self) -> int:
+        """0 when this kernel has no Landlock, or it is switched off."""
+        try:
+            return self.syscall(SYS_LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+                return 0
+            raise
+
+    def landlock_ruleset(self, allowed: list[tuple[str, int]]) -> int | None:
+        """A ruleset that denies all that the kernel can deny but ``allowed``; None without Landlock."""
+        abi = self.landlock_abi()
+        if abi == 0:
+            return None
+        fs, net, scoped = handled_rights(abi)
+        words = [fs] + ([net] if abi >= 4 else []) + ([scoped] if abi >= 6 else [])
+        attributes = b"".join(word.to_bytes(8, sys.byteorder) for word in words)
+        ruleset = self.syscall(SYS_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
+        for path, rights in allowed:
+            try:
+                descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # what does not exist needs no rule: the emulator will say that it is missing
+            rights &= fs
+            if not os.path.isdir(path):
+                rights &= FS_OF_FILES
+            rule = rights.to_bytes(8, sys.byteorder) + descriptor.to_bytes(4, sys.byteorder)
+            self.syscall(SYS_LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+            os.close(descriptor)
+        return ruleset
+
+    def landlock_restrict(self, ruleset: int) -> None:
+        self.syscall(SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0)
+
+
+def allowed_paths(orders: Orders) -> list[tuple[str, int]]:
+    """What QEMU may open: the system's programs and data, its kernel, its disk, and its display's directory."""
+    read = FS_READ_FILE | FS_READ_DIR
+    write = FS_READ_FILE | FS_WRITE_FILE | FS_TRUNCATE | FS_IOCTL_DEV
+    return [
+        *((path, read | FS_EXECUTE) for path in (*SYSTEM_READABLE, orders["argv"][0])),
+        *((path, read) for path in orders["readable"]),
+        *((path, write) for path in (*SYSTEM_WRITABLE, *orders["writable"])),
+        (os.path.join(orders["runtime"], "vnc"), read | FS_MAKE_SOCK | FS_REMOVE_FILE),
+    ]
+
+
+def enter_cgroups(directories: list[str]) -> None:
+    for directory in directories:
+        with open(os.path.join(directory, "cgroup.procs"), "w") as file:
+            file.write(str(os.getpid()))
+
+
+def confine(orders: Orders, landlock: bool) -> None:
+    """Give up what the program does not need; nothing of it can be had back."""
+    import resource
+
+    enter_cgroups(orders["cgroups"])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the guest's memory
+    kernel = Kernel()
+    ruleset = kernel.landlock_ruleset(allowed_paths(orders)) if landlock else None
+    kernel.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    if orders["uid"] is not None:
+        with open("/proc/sys/kernel/cap_last_cap") as file:
+            last = int(file.read())
+        for capability in range(last + 1):
+            kernel.prctl(PR_CAPBSET_DROP, capability)
+        os.setgroups([])
+        os.setresgid(orders["gid"], orders["gid"], orders["gid"])
+        os.setresuid(orders["uid"], orders["uid"], orders["uid"])
+    kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if ruleset is not None:
+        kernel.landlock_restrict(ruleset)
+
+
+# --- starting --------------------------------------------------------------------------------------------------
+
+
+class Child:
+    """A forked process that waits for :meth:`go` before it confines itself and becomes ``argv``."""
+
+    def __init__(self, orders: Orders, argv: list[str], descriptors: dict[int, int], *, landlock: bool) -> None:
+        self._gate_read, self._gate = os.pipe()
+        self._failure, low = os.pipe()
+        failure_write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, SAFE_FD)
+        os.close(low)
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self._gate)
+                if os.read(self._gate_read, 1) != b"g":
+                    os._exit(125)  # the parent died before it wrote down that we exist
+                stage = "confining it"
+                confine(orders, landlock)
+                stage = "starting it"
+                place(descriptors)
+                for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
+                    signal.signal(number, signal.SIG_DFL)
+                os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"})
+            except BaseException as error:  # noqa: BLE001  a forked child must never return into its parent's code
+                os.write(failure_write, json.dumps({"error": str(error), "stage": stage}).encode())
+            os._exit(127)
+        os.close(self._gate_read)
+        os.close(failure_write)
+
+    def go(self) -> Orders | None:
+        """Let it run. None once the program has been exec'd, else why it was not."""
+        os.write(self._gate, b"g")
+        os.close(self._gate)
+        with os.fdopen(self._failure, "rb") as file:
+            said = file.read()
+        return json.loads(said) if said else None
+
+
+def place(descriptors: dict[int, int]) -> None:
+    """Put every source at its number in the new program, whatever numbers the sources have now."""
+    safe = {target: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, SAFE_FD) for target, source in descriptors.items()}
+    for target, source in safe.items():
+        os.dup2(source, target, inheritable=True)
+
+
+def listen(name: str) -> int:
+    if os.path.lexists(name):
+        os.unlink(name)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    server.bind(name)
+    os.chmod(name, 0o600)
+    server.listen(8)
+    return server.detach()
+
+
+def open_log(name: str) -> int:
+    """A new log; the last run's is kept beside it."""
+    if os.path.lexists(name):
+        os.rename(name, name + ".1")
+    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def start_time(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[19])
+
+
+def write_record(name: str, record: Orders, durable: bool) -> None:
+    temporary = f".{name}.new"
+    with open(temporary, "w") as file:
+        json.dump(record, file)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+    os.replace(temporary, name)
+
+
+def launch(orders: Orders) -> tuple[int, int | None, int, Orders | None]:
+    """Start QEMU and its network helper: their pids, QEMU's start time, and what failed."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    qemu_log = open_log("qemu.log")
+    descriptors = {0: null, 1: qemu_log, 2: qemu_log, orders["serial_log_fd"]: open_log("serial.log")}
+    for number, name in orders["sockets"]:
+        descriptors[number] = listen(name)
+    os.makedirs("vnc", mode=0o700, exist_ok=True)
+    if orders["uid"] is not None:
+        os.chown("vnc", orders["uid"], orders["gid"])
+    helper = None
+    if orders["passt"] is not None:
+        ours, theirs = socket.socketpair()
+        descriptors[orders["network_fd"]] = ours.detach()
+        child = Child(orders, orders["passt"], {0: null, 1: qemu_log, 2: qemu_log, 3: theirs.fileno()}, landlock=False)
+        theirs.close()
+        helper = child.pid
+        failed = child.go()
+        if failed is not None:
+            return helper, helper, 0, {**failed, "program": orders["passt"][0]}
+    # The lock is QEMU's too: as long as it runs, even without us, nobody may launch the machine again.
+    descriptors[orders["lock_target_fd"]] = orders["lock_fd"]
+    child = Child(orders, orders["argv"], descriptors, landlock=orders["landlock"])
+    started = start_time(child.pid)
+    record = {name: orders[name] for name in ("incarnation", "boot_id", "notes")}
+    record.update(
+        pid=child.pid, start_time=started, parent_pid=os.getpid(), parent_start_time=start_time(os.getpid()),
+        helper_pid=helper, started_at=time.time(),
+    )  # fmt: skip
+    write_record("process.json", record, durable=False)
+    failed = child.go()
+    for source in descriptors.values():
+        if source not in (orders["lock_fd"], qemu_log):
+            try:
+                os.close(source)
+            except OSError as error:
+                if error.errno != errno.EBADF:  # /dev/null and the log stand there twice
+                    raise
+    os.dup2(qemu_log, 2)
+    return child.pid, helper, started, failed
+
+
+# --- keeping ---------------------------------------------------------------------------------------------------
+
+
+def bound_log(name: str) -> None:
+    """Cut a log to its last LOG_KEEP bytes when it has passed LOG_MAX.
+
+    The writer appends, so it goes on at the new end. What it writes within the microseconds between our reading and
+    our cutting is lost; a guest's console is no journal.
+    """
+    descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > LOG_MAX:
+            tail = os.pread(descriptor, LOG_KEEP, size - LOG_KEEP)
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            # At the end, as the writer may have written since; the order of a few lines may differ at the cut.
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+            os.write(descriptor, tail)
+    finally:
+        os.close(descriptor)
+
+
+def keep(orders: Orders, pid: int, helper: int | None) -> None:
+    """Wait for QEMU's end, then write its exit record."""
+    poller = select.poll()
+    descriptor = os.pidfd_open(pid)
+    poller.register(descriptor, select.POLLIN)
+    while not poller.poll(LOG_CHECK_S * 1000):
+        for name in LOGS:
+            bound_log(name)
+        if helper is not None and os.waitpid(helper, os.WNOHANG)[0] == helper:
+            print("The network helper has ended: the machine has no outbound network any more", file=sys.stderr)
+            helper = None
+    _, status = os.waitpid(pid, 0)
+    if helper is not None:
+        os.kill(helper, signal.SIGKILL)  # our own child, not waited for yet: the pid is still its
+        os.waitpid(helper, 0)
+    finish(orders, os.waitstatus_to_exitcode(status))
+
+
+def finish(orders: Orders, status: int) -> None:
+    for name in (*(name for _, name in orders["sockets"]), "vnc/vnc.sock"):
+        if os.path.lexists(name):
+            os.unlink(name)
+    code, number = (None, -status) if status < 0 else (status, None)
+    record = {"incarnation": orders["incarnation"], "boot_id": orders["boot_id"], "code": code, "signal": number}
+    write_record("exit.json", {**record, "at": time.time()}, durable=True)
+
+
+def main() -> int:
+    orders = json.loads(sys.stdin.buffer.read())
+    os.set_inheritable(orders["lock_fd"], False)
+    if os.fork():
+        os._exit(0)  # the starter's child ends, the parent belongs to nobody
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    os.umask(0o077)
+    os.chdir(orders["runtime"])
+    for name in ("exit.json", "process.json"):
+        if os.path.lexists(name):
+            os.unlink(name)
+    try:
+        pid, helper, started, failed = launch(orders)
+    except OSError as error:
+        answer({"error": str(error), "stage": "preparing it"})
+        finish(orders, 127)
+        return 1
+    answer({"pid": pid, "start_time": started} if failed is None else failed)
+    if failed is not None:
+        for child in {pid} if helper is None else {pid, helper}:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        finish(orders, 127)
+        return 1
+    keep(orders, pid, helper)
+    return 0
+
+
+def answer(record: Orders) -> None:
+    """Tell the starter, if it still listens."""
+    try:
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # it was killed; whoever comes after it finds process.json
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
