@@ -477,6 +477,7 @@ class Driver:
                 incarnation=wanted.incarnation,
                 confinement=prepared.confinement,
                 notes=msgspec.to_builtins(notes),
+                again=avoid is not None,
             )
         except NagayaError as error:
             await self._launch_failed(wanted.incarnation, error, Crashed(error.message, hint=error.hint), None)

@@ -50,7 +50,7 @@ class _Failure(msgspec.Struct):
 
 
 class _Reply(msgspec.Struct):
-    value: msgspec.Raw | None = msgspec.field(name="return", default=None)
+    value: msgspec.Raw = msgspec.field(name="return", default=msgspec.Raw(b""))
     error: _Failure | None = None
 
 
@@ -172,7 +172,7 @@ class Agent:
                     await _send(writer, name, arguments)
                     reply = _decode(await _line(reader, REPLY_MAX), _Reply)
                 if reply.error is None:
-                    return _decode(reply.value or msgspec.Raw(b""), kind)
+                    return _decode(reply.value, kind)
             except (TimeoutError, OSError, EOFError, _Nonsense) as error:
                 self._hang_up()
                 raise self._unavailable(error, timeout_s) from error
@@ -266,7 +266,7 @@ async def _synchronized(reader: asyncio.StreamReader, number: int) -> None:
         if mark:
             with contextlib.suppress(_Nonsense):
                 reply = _decode(rest, _Reply)
-                if reply.value is not None and _decode(reply.value, int) == number:
+                if _decode(reply.value, int) == number:
                     return
     raise _Nonsense(f"{SYNC_MAX // 1024} KiB without an answer to us")
 

@@ -94,8 +94,12 @@ async def launch(
     incarnation: int,
     confinement: Confinement,
     notes: Mapping[str, Any],
+    again: bool = False,
 ) -> Process:
     """Run ``plan`` as this incarnation and return once QEMU has been exec'd.
+
+    ``again`` allows the last incarnation once more, for the next accelerator after one whose QEMU died at its start;
+    the lock still keeps two from running.
 
     Raises Conflict when something of the machine runs or this incarnation was launched before, and LaunchFailed when
     QEMU could not be started (that it died right after is seen by :meth:`Process.wait`).
@@ -105,7 +109,7 @@ async def launch(
         raise Conflict(f"Machine {runtime.name} runs already", hint="Stop it first")
     try:
         before = launched(data)
-        if incarnation <= before:
+        if incarnation < before or (incarnation == before and not again):
             raise Conflict(
                 f"Machine {runtime.name} was launched as incarnation {before} before; {incarnation} is not newer",
                 hint="Ask for a new start",

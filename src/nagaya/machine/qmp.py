@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from qemu.qmp import EventListener, Message, QMPClient
+from qemu.qmp import Message, QMPClient
 from qemu.qmp.error import QMPError as ProtocolFailure
 from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
@@ -84,8 +84,7 @@ class Monitor:
         Raises TimedOut when nothing greets within ``timeout_s``, and MonitorClosed when QEMU hangs up or is not there.
         """
         client = QMPClient(readbuflen=MAX_MESSAGE)
-        client.remove_listener(client.events)  # it would keep every event for ever
-        client.register_listener(_Dispatch(on_event))
+        client.events.event_filter = _dispatch(on_event)
         try:
             async with asyncio.timeout(timeout_s):
                 with host.socket_path(path) as name:
@@ -151,20 +150,18 @@ class Monitor:
                 self._on_closed()
 
 
-class _Dispatch(EventListener):
-    """Hands every event to a callback as it is read, in the order of the wire, and keeps none."""
+def _dispatch(on_event: OnEvent) -> Callable[[Message], bool]:
+    """Hands every event to a callback as it is read, in the order of the wire, and lets the library keep none."""
 
-    def __init__(self, on_event: OnEvent) -> None:
-        super().__init__()
-        self._on_event = on_event
-
-    def accept(self, event: Message) -> bool:
+    def accept(event: Message) -> bool:
         stamp, data = event.get("timestamp"), event.get("data")
         seconds = 0.0
         if isinstance(stamp, dict):
             seconds = float(stamp.get("seconds", 0)) + float(stamp.get("microseconds", 0)) / 1e6
-        self._on_event(str(event["event"]), data if isinstance(data, dict) else {}, seconds)
+        on_event(str(event["event"]), data if isinstance(data, dict) else {}, seconds)
         return False
+
+    return accept
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def decide(wanted: Wanted, state: State, launched: int, now: datetime) -> Action
                 return Action.REMOVE
             return Action.LAUNCH if wants_run and wanted.incarnation > launched else Action.NOTHING
         case Stopping():
-            overdue = state.deadline is not None and now >= state.deadline
+            overdue = state.deadline is None or now >= state.deadline
             wants_end = not wants_run or wanted.incarnation > launched
             if state.method != "power-off" and (overdue or (wants_end and _forced(wanted))):
                 return Action.POWEROFF
