@@ -33,6 +33,9 @@ AUDIT_KEPT: Final = 1_000_000
 TASKS_KEPT: Final = 10_000
 KEYS_KEPT: Final = timedelta(days=1)
 
+BUSY_MS = 5000
+"""How long a writer waits for another process before the database is held to be locked."""
+
 _WRITER: Final = 0x6E616761
 """PostgreSQL's advisory lock that makes writers queue: "naga"."""
 
@@ -376,7 +379,7 @@ def _sqlite(path: Path) -> tuple[AsyncEngine, AsyncEngine]:
         # Python's sqlite3 would begin transactions by itself, and deferred ones: they fail when they turn to writing.
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 5000", "foreign_keys = ON"):
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", f"busy_timeout = {BUSY_MS}", "foreign_keys = ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 

@@ -99,13 +99,13 @@ async def delete(plane: Plane, caller: Caller, name: str, architecture: str) -> 
 async def list(plane: Plane, caller: Caller) -> wire.ImageList:
     """Every variant that is there or being built."""
     images = sorted(await plane.node.images(), key=lambda image: (image.name, image.architecture))
-    items = []
+    there = {(image.name, image.architecture) for image in images}
     async with plane.store.read() as connection:
-        there = {(image.name, image.architecture) for image in images}
-        for image in images:
-            items.append(_view(image, await _users(connection, image.name, image.architecture)))
-        for name, variant in sorted(await _building(connection) - there):
-            items.append(_absent(name, variant, "building", await _users(connection, name, variant)))
+        items = [_view(image, await _users(connection, image.name, image.architecture)) for image in images]
+        items += [
+            _absent(name, variant, "building", await _users(connection, name, variant))
+            for name, variant in sorted(await _building(connection) - there)
+        ]
     return wire.ImageList(items=items)
 
 

@@ -249,7 +249,7 @@ async def _stop(plane: Plane, tx: Transaction, caller: Caller, row: Row, how: wi
     return await _accept(plane, tx, caller, "machine.stop", row, changed, given)
 
 
-async def stop_all_in(plane: Plane, tx: Transaction, caller: Caller) -> tuple[str, ...]:
+async def stop_all(plane: Plane, tx: Transaction, caller: Caller) -> tuple[str, ...]:
     """Ask every machine that runs to stop, in the caller's own operation; the ids of the tasks that see to it."""
     held = sa.select(machines).where(machines.c.holds, machines.c.provisioned, machines.c.desired != Desired.DELETED)
     rows = (await tx.execute(held)).mappings().all()

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from nagaya import __version__, wire
 from nagaya.control import views
 from nagaya.control.authorize import Caller, operation, record
-from nagaya.control.ops.machines import stop_all_in
+from nagaya.control.ops.machines import stop_all
 from nagaya.control.plane import Plane
 from nagaya.control.store import nodes, tasks
 
@@ -87,5 +87,5 @@ async def shutdown(plane: Plane, caller: Caller, *, stop_machines: bool = False)
             actor=caller.actor,
             data={"stop_machines": stop_machines},
         )
-        stopping = await stop_all_in(plane, tx, caller) if stop_machines else ()
+        stopping = await stop_all(plane, tx, caller) if stop_machines else ()
     plane.shut_down(stopping)
