@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from nagaya.errors import NagayaError
 from nagaya.paths import SOCKET_PATH_MAX as SOCKET_PATH_MAX
@@ -252,7 +254,7 @@ def signal_pid(pid: int, start_time: int, number: signal.Signals) -> bool:
 
 
 def process_usage(pid: int) -> dict[str, int | float]:
-    """What one process uses: ``rss_mib``, ``cpu_s`` (all its threads, since it began), ``threads``; empty if it ended."""
+    """What a process uses: ``rss_mib``, ``cpu_s`` (all its threads, since it began), ``threads``; empty if it ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -263,3 +265,238 @@ def process_usage(pid: int) -> dict[str, int | float]:
         "cpu_s": (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
         "threads": int(fields[17]),
     }
+
+
+# --- control groups --------------------------------------------------------------------------------------------
+#
+# Groups are made below the group this process is in (v1), or below the nearest one whose children already have the
+# controllers (v2): <place>/nagaya/<instance>/<machine id>. Only groups below that ``nagaya`` are ever written to; the
+# one exception is a group that systemd has delegated to this service (Delegate=yes), which is then its own.
+
+CONTROLLERS: Final = ("cpu", "memory", "pids")
+CGROUP_HEADROOM_MIB: Final = 64
+"""Beyond a machine's budget: page cache of its disk's metadata, socket buffers, the network helper. The limit stops
+a runaway; it must not kill a machine that keeps to its budget."""
+_CFS_PERIOD_US: Final = 100_000
+
+
+class LimitsRefused(NagayaError):
+    """The kernel did not take a control group or a limit, although the place looked writable."""
+
+    code = "limits-refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    cpu_weight: int
+    """1–10000, 100 is everybody's."""
+    cpu_percent: int
+    """Of one processor."""
+    memory_mib: int
+    """What the machine may use in all; CGROUP_HEADROOM_MIB is added."""
+    tasks: int = 1024
+    """Threads and processes."""
+
+    def settings(self, version: str, controller: str) -> dict[str, str]:
+        """What to write into which file of a group (kernel: cgroup-v1/*.rst, cgroup-v2.rst)."""
+        quota = self.cpu_percent * _CFS_PERIOD_US // 100
+        memory = str((self.memory_mib + CGROUP_HEADROOM_MIB) * 1024 * 1024)
+        match version, controller:
+            case "v1", "cpu":
+                shares = min(262_144, max(2, self.cpu_weight * 1024 // 100))
+                return {
+                    "cpu.shares": str(shares),
+                    "cpu.cfs_period_us": str(_CFS_PERIOD_US),
+                    "cpu.cfs_quota_us": str(quota),
+                }
+            case "v2", "cpu":
+                return {"cpu.weight": str(self.cpu_weight), "cpu.max": f"{quota} {_CFS_PERIOD_US}"}
+            case "v1", "memory":
+                return {"memory.limit_in_bytes": memory}
+            case "v2", "memory":
+                return {"memory.max": memory}
+            case _, "pids":
+                return {"pids.max": str(self.tasks)}
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupPlaces:
+    """Where groups may be made: controller -> directory in which ``nagaya`` is. On v2 all directories are one."""
+
+    version: str
+    places: Mapping[str, Path]
+    missing: str = ""
+    """Why controllers are missing; empty when none is."""
+
+
+def cgroup_mounts(mountinfo: str, own: str) -> tuple[dict[str, Path], Path | None]:
+    """This process's own group per v1 controller, and on v2; from what /proc/self has (proc(5), cgroups(7)). Pure."""
+    paths: dict[str, str] = {}
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        paths.update(dict.fromkeys(controllers.split(","), path))
+    legacy: dict[str, Path] = {}
+    unified: Path | None = None
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split(" ", 2)
+        root, point = left.split(" ")[3:5]
+        if kind == "cgroup2" and "" in paths:
+            unified = _inside(point, root, paths[""])
+        elif kind == "cgroup":
+            for controller in set(options.split(",")) & set(CONTROLLERS) & set(paths):
+                legacy[controller] = _inside(point, root, paths[controller])
+    return legacy, unified
+
+
+def _inside(point: str, root: str, path: str) -> Path:
+    # Where a container shows only a part of the tree, the path may lie outside: then the part's top is the place.
+    relative = os.path.relpath(path, root)
+    return Path(point) if relative == "." or relative.startswith("..") else Path(point) / relative
+
+
+def _may_create(directory: Path) -> bool:
+    return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
+
+
+def _words(path: Path) -> set[str]:
+    return set(path.read_text().split()) if path.exists() else set()
+
+
+def _delegated(group: Path) -> bool:
+    for attribute in ("user.delegate", "trusted.delegate"):  # systemd.resource-control(5), Delegate=
+        try:
+            if os.getxattr(group, attribute) == b"1":
+                return True
+        except OSError:
+            continue  # not set, or not ours to see
+    return False
+
+
+def cgroup_places(
+    mountinfo: str | None = None, own: str | None = None, *, delegated: Callable[[Path], bool] = _delegated
+) -> CgroupPlaces | None:
+    """Where this process may make groups; None when there is no cgroup file system it knows."""
+    mountinfo = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+    own = Path("/proc/self/cgroup").read_text() if own is None else own
+    legacy, unified = cgroup_mounts(mountinfo, own)
+    if legacy:
+        places = {controller: place for controller, place in legacy.items() if _may_create(place)}
+        return CgroupPlaces("v1", places, _missing(places, "has no group it may write to, or is not mounted"))
+    if unified is None:
+        return None
+    if delegated(unified) and _may_create(unified):
+        offered = _words(unified / "cgroup.controllers") & set(CONTROLLERS)
+        places = dict.fromkeys(sorted(offered), unified)
+        return CgroupPlaces("v2", places, _missing(places, "was not delegated to this service"))
+    best: dict[str, Path] = {}
+    for group in (unified, *unified.parents):
+        if not (group / "cgroup.procs").exists():
+            break  # above the mount
+        enabled = _words(group / "cgroup.subtree_control") & set(CONTROLLERS)
+        if len(enabled) > len(best) and _may_create(group):
+            best = dict.fromkeys(sorted(enabled), group)
+    return CgroupPlaces("v2", best, _missing(best, "is not enabled for children of any group it may write to"))
+
+
+def _missing(places: Mapping[str, Path], why: str) -> str:
+    absent = [controller for controller in CONTROLLERS if controller not in places]
+    return f"{', '.join(absent)}: {why}" if absent else ""
+
+
+def instance_name(data: Path) -> str:
+    """Names the installation whose data lies there: two on one host keep their groups apart."""
+    return hashlib.sha256(os.fsencode(data.absolute())).hexdigest()[:12]
+
+
+def cgroup_version() -> str | None:
+    """``v1`` or ``v2`` when machines' limits can be enforced here, at least in part."""
+    found = cgroup_places()
+    return found.version if found is not None and found.places else None
+
+
+def cgroup_problem() -> str | None:
+    """Which limits cannot be enforced here and why; None when all can."""
+    found = cgroup_places()
+    if found is None:
+        return "no control group file system is mounted"
+    return found.missing or None
+
+
+def create_cgroups(
+    instance: str, machine_id: str, limits: Limits, places: CgroupPlaces | None = None
+) -> tuple[str, ...]:
+    """Make (or set anew) a machine's groups and return their directories; none where groups cannot be made.
+
+    Raises LimitsRefused.
+    """
+    places = cgroup_places() if places is None else places
+    if places is None:
+        return ()
+    groups: list[str] = []
+    try:
+        for controller, place in places.places.items():
+            if places.version == "v2":
+                _enable(place, instance, set(places.places))
+            group = _group(place, instance, machine_id)
+            group.mkdir(parents=True, exist_ok=True)
+            for name, value in limits.settings(places.version, controller).items():
+                (group / name).write_text(value)
+            if str(group) not in groups:
+                groups.append(str(group))
+    except OSError as error:
+        raise LimitsRefused(
+            f"The limits of machine {machine_id} cannot be set: {error}", hint="See: nagaya doctor"
+        ) from error
+    return tuple(groups)
+
+
+def _enable(place: Path, instance: str, controllers: set[str]) -> None:
+    """Pass v2 controllers down our own subtree; in a delegated group, move its processes into a leaf first."""
+    words = " ".join(f"+{controller}" for controller in sorted(controllers))
+    if not controllers <= _words(place / "cgroup.subtree_control"):
+        # A group with children under control holds no processes itself (cgroup-v2.rst, no internal processes).
+        leaf = place / "nagaya-server"
+        leaf.mkdir(exist_ok=True)
+        for pid in (place / "cgroup.procs").read_text().split():
+            (leaf / "cgroup.procs").write_text(pid)
+        (place / "cgroup.subtree_control").write_text(words)
+    for group in (place / "nagaya", place / "nagaya" / instance):
+        group.mkdir(exist_ok=True)
+        (group / "cgroup.subtree_control").write_text(words)
+
+
+def _group(place: Path, instance: str, machine_id: str) -> Path:
+    for name in (instance, machine_id):
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError(f"{name!r} cannot name a control group")
+    return place / "nagaya" / instance / machine_id
+
+
+def remove_cgroups(instance: str, machine_id: str, places: CgroupPlaces | None = None) -> None:
+    """Remove a machine's groups; those that are gone are gone. Raises LimitsRefused while a process is in one."""
+    places = cgroup_places() if places is None else places
+    for place in set(places.places.values()) if places else ():
+        group = _group(place, instance, machine_id)
+        try:
+            group.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            pids = ", ".join(sorted(_words(group / "cgroup.procs"))) or "none"
+            raise LimitsRefused(f"{group} cannot be removed: {error} (processes: {pids})") from error
+        for above in (group.parent, group.parent.parent):
+            with contextlib.suppress(OSError):  # other machines or installations are in it
+                above.rmdir()
+
+
+def list_cgroups(instance: str, places: CgroupPlaces | None = None) -> tuple[str, ...]:
+    """Ids of the machines that have groups."""
+    places = cgroup_places() if places is None else places
+    found: set[str] = set()
+    for place in set(places.places.values()) if places else ():
+        top = place / "nagaya" / instance
+        if top.is_dir():
+            found.update(entry.name for entry in os.scandir(top) if entry.is_dir())
+    return tuple(sorted(found))
