@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import traceback
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from fastapi.routing import iter_route_contexts
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nagaya import __version__, wire
@@ -135,7 +137,9 @@ class Edge:
         except NagayaError as error:  # refused at the door: no handler has run
             await _refuse(error, scope, receive, sending)
         except Exception as error:  # the last one who can answer; the log holds what happened
-            log.error("internal error", reference=reference, path=scope["path"], error=chain(error), exc_info=error)
+            # As text: a renderer that shows every local variable would hold the loop for seconds, and tell secrets.
+            trace = "".join(traceback.format_exception(error))
+            log.error("internal error", reference=reference, path=scope["path"], error=chain(error), trace=trace)
             defect = InternalError(
                 f"Nagaya has a defect: {type(error).__name__} (reference {reference})",
                 hint="The server's log tells more under that reference",
@@ -217,7 +221,7 @@ def allowed_methods(request: Request) -> set[str]:
         method
         for context in iter_route_contexts(app.routes)
         for method in context.methods or ()
-        if context.original_route.matches({**request.scope, "method": method})[0].name == "FULL"
+        if context.path and compile_path(context.path)[0].match(request.url.path)
     }
 
 

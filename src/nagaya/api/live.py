@@ -87,8 +87,8 @@ async def console(websocket: WebSocket, machine: str) -> None:
     """The serial console of a machine: binary frames both ways, the first one received is the scroll-back.
 
     A text frame, if one comes, is the last one before the close, and holds the problem document that tells why.
-    Close codes: 1000 the machine ended, 1001 the server ends, 4404 no such machine, 4409 it does not run (or this
-    viewer was too slow), in general 4000 + the status of the problem.
+    Close codes: 1000 the machine ended, 1001 or 1012 the server ends, 4404 no such machine, 4409 it does not run or
+    this viewer was too slow; in general 4000 + the status of the problem.
     """
     plane: Plane = websocket.app.state.plane
     await websocket.accept()
