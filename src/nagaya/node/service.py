@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -20,15 +21,16 @@ import msgspec
 import structlog
 
 from nagaya import host
-from nagaya.errors import NotFound, chain
+from nagaya.errors import NotFound
 from nagaya.host import Paths
 from nagaya.machine import compile as compiler
 from nagaya.machine.accelerator import Accelerators
 from nagaya.machine.console import Viewer
-from nagaya.machine.driver import Driver, Prepared
-from nagaya.machine.process import Confinement
+from nagaya.machine.driver import Driver, Facts, Prepared
+from nagaya.machine.process import Confinement, landlock_abi
 from nagaya.model.image import Image
 from nagaya.model.machine import Accelerator, Architecture, MachineSpec, NetworkMode, Observation, Wanted
+from nagaya.model.network import Network
 from nagaya.model.node import (
     Executed,
     Finding,
@@ -66,8 +68,8 @@ class Service:
         self._identities = Identities(settings.jail.uid_base, settings.jail.uid_count) if os.geteuid() == 0 else None
         self._drivers: dict[str, Driver] = {}
         self._watchers: list[asyncio.Queue[Report]] = []
-        self._network: compiler.Network | None = None
-        self._limits: tuple[str, ...] = ()
+        self._uids = range(settings.jail.uid_base, settings.jail.uid_base + settings.jail.uid_count)
+        self._network: Network | None = None
 
     # --- life
 
@@ -80,9 +82,9 @@ class Service:
         ):
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(mode)
-        self._instance = host.instance_name(self._paths.data)
+        self._instance = hashlib.sha256(os.fsencode(self._paths.data.resolve())).hexdigest()[:12]
         known = [entry.name for entry in os.scandir(self._paths.machines_runtime) if entry.is_dir()]
-        await asyncio.gather(*(self._driver(machine_id).started() for machine_id in known))
+        await asyncio.gather(*(self._driver(machine_id).known() for machine_id in known))
 
     async def stop(self) -> None:
         """Let go of the machines; they run on."""
@@ -99,6 +101,7 @@ class Service:
                 report=self._publish,
             )
             self._drivers[machine_id] = driver
+            driver.start()
         return driver
 
     def _publish(self, report: Report) -> None:
@@ -157,8 +160,8 @@ class Service:
             os.chown(data, 0, uid)
         data.chmod(0o710)
         disk = data / "disk.qcow2"
-        if spec.disk_mib is not None and not disk.exists():
-            await qemuimg.create_disk(disk, spec.disk_mib, uid, uid)
+        if spec.disk_mib is not None:
+            await qemuimg.create_disk(disk, spec.disk_mib, uid=uid, gid=uid)
 
     def _claim(self, data: Path) -> int | None:
         """The machine's own user id, kept in its directory; None when Nagaya is no root."""
@@ -180,11 +183,13 @@ class Service:
         """Everything one launch needs; called by the machine's driver."""
         data = self._paths.machines / machine_id
         image, directory = self._images.get(spec.image, spec.architecture)
-        verdict = await self._accelerators.choose(
-            spec.architecture, spec.accelerator, self._trial_image, avoid=avoid
-        )
+        verdict = await self._accelerators.choose(spec.architecture, spec.accelerator, self._trial_image, avoid=avoid)
         emulator = await self._accelerators.require(spec.architecture)
         uid = self._claim(data)
+        if spec.network is NetworkMode.NONE:
+            network = Network("none", "the machine was made without a network")
+        else:
+            network = await self._find_network()
         launch = compiler.Launch(
             machine_id=machine_id,
             emulator=emulator,
@@ -193,7 +198,7 @@ class Service:
             initrd=str(directory / image.initrd.name),
             cmdline=image.cmdline,
             disk=str(data / "disk.qcow2") if spec.disk_mib is not None else None,
-            network=await self._choose_network(spec, uid),
+            network=network,
         )
         budget = memory_budget_mib(spec.memory_mib, verdict.accelerator)
         limits = host.Limits(
@@ -204,18 +209,20 @@ class Service:
         return Prepared(
             plan=compiler.compile(spec, launch),
             confinement=Confinement(uid=uid, gid=uid, cgroups=host.create_cgroups(self._instance, machine_id, limits)),
-            accelerator=verdict.accelerator,
-            accelerator_reason=verdict.reason,
-            network=launch.network.mode,
-            network_reason=launch.network.reason,
-            ready_line=image.ready_line,
+            facts=Facts(
+                accelerator=verdict.accelerator,
+                accelerator_reason=verdict.reason,
+                network=launch.network.mode,
+                network_reason=launch.network.reason,
+                ready_line=image.ready_line,
+                architecture=spec.architecture,
+                agent=image.agent,
+            ),
         )
 
-    async def _choose_network(self, spec: MachineSpec, uid: int | None) -> compiler.Network:
-        if spec.network is NetworkMode.NONE:
-            return compiler.Network("none", "the machine was made without a network")
+    async def _find_network(self) -> Network:
         if self._network is None:
-            self._network = await user_network.probe(uid)
+            self._network = await user_network.probe(self._uids if self._identities else None)
         return self._network
 
     async def remove(self, machine_id: str) -> None:
@@ -244,7 +251,7 @@ class Service:
         return self._known(machine_id).console()
 
     async def serial_log(self, machine_id: str, max_bytes: int) -> bytes:
-        return host.read_tail(self._paths.machines_runtime / machine_id / "serial.log", max_bytes)
+        return self._known(machine_id).serial_log(max_bytes)
 
     async def diagnose(self, machine_id: str) -> Mapping[str, Any]:
         return await self._known(machine_id).diagnose()
@@ -268,12 +275,14 @@ class Service:
         return image
 
     async def delete_image(self, name: str, architecture: Architecture) -> None:
-        self._images.delete(name, architecture)
+        await self._images.delete(name, architecture)
 
     async def doctor(self) -> Sequence[Finding]:
-        return doctor.examine(await self.facts(), self._paths, await self._doctor_network())
-
-    async def _doctor_network(self) -> compiler.Network:
-        if self._network is None:
-            self._network = await user_network.probe(None)
-        return self._network
+        network = await self._find_network()
+        strength = doctor.Strength(
+            root=self._identities is not None,
+            landlock_abi=landlock_abi(),
+            network=network.mode,
+            network_reason=network.reason,
+        )
+        return doctor.examine(await self.facts(), strength)
