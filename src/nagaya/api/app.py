@@ -136,7 +136,7 @@ class Edge:
             await self.app(scope, receive, sending)
         except NagayaError as error:  # refused at the door: no handler has run
             await _refuse(error, scope, receive, sending)
-        except Exception as error:  # the last one who can answer; the log holds what happened
+        except Exception as error:  # noqa: BLE001 - the last one who can answer; the log holds what happened
             # As text: a renderer that shows every local variable would hold the loop for seconds, and tell secrets.
             trace = "".join(traceback.format_exception(error))
             log.error("internal error", reference=reference, path=scope["path"], error=chain(error), trace=trace)
