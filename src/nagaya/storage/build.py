@@ -199,7 +199,7 @@ def tiny_tree(files: Mapping[str, bytes], kernel: Kernel) -> Tree:
     agent, mke2fs = _find(files, _AGENT), _find(files, _MKE2FS)
     busybox = files[_find(files, "bin/busybox")]
     tree: Tree = {path: initramfs.directory() for path in ("proc", "sys", "dev", "run", "data", "mnt", "var")}
-    tree |= {"root": initramfs.directory(0o700), "tmp": initramfs.directory(0o1777)}
+    tree |= {".": initramfs.directory(), "root": initramfs.directory(0o700), "tmp": initramfs.directory(0o1777)}
     tree |= {path: initramfs.link("bin" if path == "sbin" else "../bin") for path in ("sbin", "usr/bin", "usr/sbin")}
     tree |= {"var/run": initramfs.link("../run"), "var/tmp": initramfs.link("../tmp")}
     tree["bin/busybox"] = initramfs.file(busybox, 0o755)

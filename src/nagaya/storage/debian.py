@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import IO, Final, cast
 
 from nagaya import host
 from nagaya.errors import ImageUnusable, OutOfResources, TimedOut
@@ -415,14 +415,10 @@ def _normal(path: str) -> str:
     return os.path.normpath("/" + path).lstrip("/")
 
 
-class Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
-def _data_member(package: IO[bytes]) -> Readable:
+def _data_member(package: IO[bytes]) -> IO[bytes]:
     if package.read(len(_AR_MAGIC)) != _AR_MAGIC:
         raise ValueError("not a Debian package")
-    openers: Mapping[str, Callable[[IO[bytes]], Readable]] = {
+    openers: Mapping[str, Callable[[IO[bytes]], object]] = {
         "data.tar": lambda f: f,
         "data.tar.gz": lambda f: gzip.GzipFile(fileobj=f),
         "data.tar.xz": lzma.LZMAFile,
@@ -431,6 +427,6 @@ def _data_member(package: IO[bytes]) -> Readable:
     while len(header := package.read(_AR_HEADER)) == _AR_HEADER:
         name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
         if name in openers:
-            return openers[name](io.BytesIO(package.read(size)))
+            return cast(IO[bytes], openers[name](io.BytesIO(package.read(size))))
         package.seek(size + size % 2, os.SEEK_CUR)
     raise ValueError("it has no data.tar in a format we know")

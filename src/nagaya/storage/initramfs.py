@@ -93,6 +93,8 @@ def unpack(archive: bytes) -> Tree:
         fields = [int(header[at : at + 8], 16) for at in range(6, _HEADER_SIZE, 8)]
         mode, size, name_size = fields[1], fields[6], fields[11]
         start = position + _HEADER_SIZE
+        if len(archive) < start + name_size:
+            raise ValueError(f"the name at byte {start} is cut off")
         name = archive[start : start + name_size - 1].decode()
         start += name_size + len(_padding(_HEADER_SIZE + name_size))
         if name == _TRAILER:

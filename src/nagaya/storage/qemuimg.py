@@ -41,7 +41,7 @@ async def create_disk(path: Path, size_mib: int, *, uid: int | None = None, gid:
     """
     if size_mib < 1:
         raise InvalidInput(f"A disk of {size_mib} MiB cannot be made", hint="Ask for 1 MiB or more")
-    if path.exists():
+    if os.path.lexists(path):
         return
     program = shutil.which("qemu-img")
     if program is None:
@@ -64,7 +64,7 @@ async def create_disk(path: Path, size_mib: int, *, uid: int | None = None, gid:
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.unlink(temporary)
 
 
 async def _create(program: str, path: Path, size_mib: int) -> None:
