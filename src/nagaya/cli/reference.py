@@ -13,6 +13,8 @@ def reference() -> str:
     """The whole document, in Markdown; the same for the same commands."""
     commands.load()
     text = commands.app.generate_docs(output_format="markdown")
+    # Run as a module, the generator would call the command by its own name.
+    text = text.replace(" -m nagaya.cli.reference", "")
     package = inspect.getdoc(nagaya.cli) or ""
     codes = package[package.index("Exit codes:") :]
     lines = [line.rstrip() for line in f"{text.strip()}\n\n## Exit codes and streams\n\n{codes}\n".splitlines()]

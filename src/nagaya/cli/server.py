@@ -189,9 +189,7 @@ def _stop_all(session: Session, client: Client) -> None:
         for machine in client.pages("/machines", limit=1000)
         if machine["state"] not in ("stopped", "crashed", "suspended")
     ]
-    begun = []
-    for machine in running:
-        begun.append(client.post(f"/machines/{machine['id']}/stop")["task"])
+    begun = [client.post(f"/machines/{machine['id']}/stop")["task"] for machine in running]
     failures: list[NagayaError] = []
     for machine, task in zip(running, follow.tasks(client, begun, quiet=session.silent) if begun else [], strict=True):
         if error := follow.failure(task):

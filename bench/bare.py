@@ -1,0 +1,176 @@
+"""The same QEMU command line, started by nobody but us: the yardstick of a launch.
+
+A machine's QEMU gets its sockets and logs as open descriptors with fixed numbers. The very same line is started again
+with descriptors of the same kinds at the same numbers, in a directory of its own, without a jail.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+READY_S = 120.0
+_HIGH = 200
+"""Our own descriptors are moved above this number, so that none stands where one of QEMU's must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    argv: tuple[str, ...]
+    kinds: dict[int, str]
+    """What stands at each descriptor the line names: ``listener``, ``stream`` or ``file``."""
+
+    @classmethod
+    def of(cls, pid: int) -> CommandLine:
+        """From a running QEMU. Reads what proc(5) says of it."""
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
+        listening = set()
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+            fields = line.split()
+            # Flag __SO_ACCEPTCON: the socket listens (net/unix/af_unix.c).
+            if int(fields[3], 16) & 0x10000:
+                listening.add(fields[6])
+        numbers = {int(number) for word in argv for number in re.findall(r"(?:^|[,.:=\"{ ])fd=(\d+)", word)}
+        numbers |= {int(number) for word in argv for number in re.findall(r'"(?:fd|str)":\s*"(\d+)"', word)}
+        kinds = {}
+        for number in numbers:
+            target = os.readlink(f"/proc/{pid}/fd/{number}")
+            inode = re.fullmatch(r"socket:\[(\d+)\]", target)
+            kinds[number] = "file" if inode is None else "listener" if inode[1] in listening else "stream"
+        return cls(tuple(argv), kinds)
+
+    @property
+    def monitor_fd(self) -> int:
+        """The descriptor of the first monitor: of the chardev that a control monitor names, or of ``-qmp``."""
+        words = list(self.argv)
+        for option, value in zip(words, words[1:], strict=False):
+            if option == "-mon" and "mode=control" in value:
+                name = re.search(r"chardev=([^,]+)", value) or re.match(r"([^,=]+)", value)
+                assert name is not None
+                for other, chardev in zip(words, words[1:], strict=False):
+                    found = re.search(r"(?:^|,)fd=(\d+)", chardev)
+                    if other == "-chardev" and f"id={name[1]}" in chardev.split(",") and found:
+                        return int(found[1])
+            if option == "-qmp" and (found := re.search(r"fd=(\d+)", value)):
+                return int(found[1])
+        raise LookupError("the command line has no monitor on a descriptor: " + " ".join(words))
+
+
+class Bare:
+    """One run of the line; power is cut at the end."""
+
+    def __init__(self, line: CommandLine, ready_line: str) -> None:
+        self._line = line
+        self._ready_line = ready_line.encode()
+
+    def __enter__(self) -> Self:
+        self._directory = Path(tempfile.mkdtemp(prefix="nagaya-bench-bare-"))
+        (self._directory / "vnc").mkdir()
+        opened: dict[int, int] = {}
+        self._kept: list[int] = []
+        for number, kind in self._line.kinds.items():
+            opened[number] = self._high(self._open(number, kind))
+
+        began = time.perf_counter()
+        with (self._directory / "qemu.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                self._line.argv,
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=tuple(opened),
+                preexec_fn=_placing(opened),
+                start_new_session=True,
+            )
+        for descriptor in opened.values():
+            os.close(descriptor)
+        self._began = began
+        try:
+            self._monitor()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self.monitor_ms = (time.perf_counter() - began) * 1000
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        for descriptor in self._kept:
+            os.close(descriptor)
+        shutil.rmtree(self._directory)
+
+    def ready_ms(self) -> float:
+        """From the start until the guest's ready line stood in its log."""
+        logs = [self._directory / f"{number}.log" for number, kind in self._line.kinds.items() if kind == "file"]
+        deadline = time.monotonic() + READY_S
+        while time.monotonic() < deadline:
+            if any(self._ready_line in log.read_bytes() for log in logs):
+                return (time.perf_counter() - self._began) * 1000
+            if self._process.poll() is not None:
+                break
+            time.sleep(0.005)
+        raise SystemExit(f"bare QEMU was not ready: {self._said()}")
+
+    def _open(self, number: int, kind: str) -> int:
+        if kind == "file":
+            # O_RDWR serves a set that is written and one that is read.
+            return os.open(self._directory / f"{number}.log", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        if kind == "listener":
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(str(self._directory / f"{number}.sock"))
+            listener.listen(4)
+            return listener.detach()
+        ours, theirs = socket.socketpair()
+        self._kept.append(self._high(ours.detach()))
+        return theirs.detach()
+
+    @staticmethod
+    def _high(descriptor: int) -> int:
+        moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+        os.close(descriptor)
+        return moved
+
+    def _monitor(self) -> None:
+        """Until QEMU says over its monitor that it runs."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(str(self._directory / f"{self._line.monitor_fd}.sock"))
+            lines = connection.makefile("rwb")
+            if not lines.readline():
+                raise SystemExit(f"bare QEMU ended: {self._said()}")
+            for command in ("qmp_capabilities", "query-status", "cont", "query-status"):
+                lines.write(json.dumps({"execute": command}).encode() + b"\n")
+                lines.flush()
+                while "return" not in (answer := json.loads(lines.readline() or b'{"return": {}}')):
+                    if "error" in answer:
+                        raise SystemExit(f"bare QEMU refused {command}: {answer}")
+                if command == "query-status" and answer["return"].get("running"):
+                    return
+        raise SystemExit(f"bare QEMU does not run: {self._said()}")
+
+    def _said(self) -> str:
+        return (self._directory / "qemu.log").read_text(errors="replace")[-2000:]
+
+
+def _placing(opened: dict[int, int]) -> Callable[[], None]:
+    def place() -> None:
+        for number, descriptor in opened.items():
+            os.dup2(descriptor, number)
+
+    return place
