@@ -51,8 +51,17 @@ _CONSOLES: Final = {
     Architecture.S390X: "ttysclp0",
 }
 
+_PPC: Final = Architecture.PPC64LE  # its board has a slow firmware and a fast one
+
 TrialImage = Callable[[Architecture], tuple[Image, Path]]
 """The tiny image and its directory. Raises NotFound or ImageUnusable."""
+
+
+def host_architecture() -> Architecture | None:
+    """The architecture whose guests hardware can execute here; None for one that Nagaya has no guests for."""
+    name = platform.machine().lower()
+    name = {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+    return next((known for known in Architecture if known == name), None)
 
 
 def candidates(platform_name: str, own: Architecture | None, wanted: Architecture) -> tuple[Accelerator, ...]:
@@ -116,7 +125,9 @@ def _kvm_refusal() -> str | None:
 
 
 def _argv(accelerator: Accelerator, emulator: str, image: Image, directory: Path) -> list[str]:
-    cmdline = f"{image.cmdline} console={_CONSOLES[image.architecture]} panic=-1 nagaya.name=trial"
+    # Not quiet, so that a kernel that starts is heard long before it is ready.
+    words = [word for word in image.cmdline.split() if word != "quiet"]
+    cmdline = " ".join([*words, f"console={_CONSOLES[image.architecture]}", "panic=-1", "nagaya.name=trial"])
     cpu: tuple[str, ...] = ("-cpu", "host")
     if accelerator is Accelerator.TCG:
         cmdline += " no_timer_check" if image.architecture is Architecture.X86_64 else ""
@@ -126,13 +137,13 @@ def _argv(accelerator: Accelerator, emulator: str, image: Image, directory: Path
     return [
         emulator,
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-machine", machine_type(image.architecture),
+        "-machine", machine_type(image.architecture) + (",x-vof=on" if image.architecture is _PPC else ""),
         "-accel", accelerator.value,
         *cpu,
         "-m", str(TRIAL_MEMORY_MIB),
         "-kernel", str(directory / image.kernel.name),
         "-initrd", str(directory / image.initrd.name),
-        "-append", cmdline.strip(),
+        "-append", cmdline,
         "-serial", "stdio",
         "-monitor", "none",
     ]
@@ -147,7 +158,7 @@ async def _trial(argv: Sequence[str], ready_line: str, silence_s: float, deadlin
     def on_line(line: str) -> None:
         wrote.set()
         lines.append(line.strip())
-        if line.strip("\r") == ready_line:
+        if ready_line in line:  # a message of the kernel may stand before it
             ready.set()
 
     with tempfile.TemporaryDirectory(prefix="nagaya-trial-") as directory:
