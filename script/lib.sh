@@ -43,7 +43,7 @@ logged() { # WHAT COMMAND…: output goes to the log; when the command fails its
     if ((status)); then
         printf '\nThe last lines of %s:\n' "$log" >&2
         tail -n "+$((from + 1))" "$log" | tail -n 30 | sed 's/^/   | /' >&2
-        fail "$what" "\`${*:0:6}\` ended with exit code $status" \
+        fail "$what" "\`$*\` ended with exit code $status" \
             "Mend what the lines above say and run $0 again; it goes on where it stopped." \
             "Everything is in $log."
     fi
@@ -209,8 +209,8 @@ count_of_new_packages() {
 # Where the distribution's QEMU is too old, its own place for newer packages is used; sets $apt_options.
 add_source_of_newer_qemu() {
     local candidate
-    candidate=$(apt-cache policy "${needed_qemu[0]}" | sed -n 's/^ *Candidate: *\([0-9]*:\)\{0,1\}//p')
-    if version_at_least "${candidate:-0}" "$qemu_minimum"; then
+    candidate=$(candidate_version "${needed_qemu[0]}")
+    if version_at_least "$candidate" "$qemu_minimum"; then
         return
     fi
     case $(os_release ID):$(os_release VERSION_CODENAME) in
@@ -224,12 +224,20 @@ add_source_of_newer_qemu() {
                 apt_get install --yes --no-install-recommends software-properties-common ubuntu-cloud-keyring
             logged "adding the Cloud Archive" privileged add-apt-repository --yes cloud-archive:flamingo
             logged "reading the package lists" apt_get update
+            version_at_least "$(candidate_version "${needed_qemu[0]}")" "$qemu_minimum" ||
+                fail "QEMU here is too old" "the Cloud Archive was added and could not be read (see $log)" \
+                    "Make it reachable from this machine and run $0 again." \
+                    "Or remove it: sudo add-apt-repository --remove cloud-archive:flamingo"
             ;;
         *)
-            fail "QEMU here is too old" "$(os_release PRETTY_NAME) offers ${candidate:-none}, $qemu_minimum is needed" \
+            fail "QEMU here is too old" "$(os_release PRETTY_NAME) offers $candidate, $qemu_minimum is needed" \
                 "Add a package source that has a newer QEMU, or use Debian 12 or 13, or Ubuntu 24.04 or newer."
             ;;
     esac
+}
+
+candidate_version() { # PACKAGE: the version apt would install, without its epoch; 0 for none
+    apt-cache policy "$1" | sed -n 's/^ *Candidate: *\([0-9]*:\)\{0,1\}\([0-9].*\)/\2/p' | grep . || echo 0
 }
 
 repository_of() { # SUITE: the address from which apt takes this suite of the distribution's own packages
