@@ -9,6 +9,7 @@ for any architecture.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import lzma
@@ -178,7 +179,9 @@ def _compose(packages: Iterable[Package], scratch: Path) -> tuple[Kernel, Tree]:
                 if name.removeprefix("usr/").startswith(("bin/busybox", "sbin/qemu-ga", "sbin/mke2fs")) or (
                     name.removeprefix("usr/").startswith("lib") and ".so" in name and "/gconv/" not in name
                 ):
-                    files[name] = deb.read(name)
+                    # Links into other packages are none of a program's libraries.
+                    with contextlib.suppress(KeyError):
+                        files[name] = deb.read(name)
     kernel = _kernel(kernel_packages, scratch)
     return kernel, tiny_tree(files, kernel)
 

@@ -235,7 +235,7 @@ def load_order(wanted: Sequence[str], depends: Mapping[str, Sequence[str]]) -> t
     return tuple(order)
 
 
-_APPLETS_START: Final = b"\0[\0[[\0"
+_APPLETS_START: Final = b"[\0[[\0"
 
 
 def busybox_applets(binary: bytes) -> tuple[str, ...]:
@@ -245,11 +245,12 @@ def busybox_applets(binary: bytes) -> tuple[str, ...]:
     with ``[`` and ends with an empty name. Raises ImageUnusable when it is not found.
     """
     start = binary.find(_APPLETS_START)
-    names = binary[start + 1 : binary.find(b"\0\0", start + 1)].split(b"\0") if start >= 0 else []
-    applets = tuple(name.decode() for name in names)
-    if not {"sh", "mount", "init"} <= set(applets):
-        raise ImageUnusable(
-            "The busybox of this distribution has no readable list of its commands",
-            hint="Install its package busybox-static by hand and look at what it holds: busybox --list",
-        )
-    return applets
+    while start >= 0:
+        names = binary[start : binary.find(b"\0\0", start)].split(b"\0")
+        if {b"sh", b"mount", b"init"} <= set(names):
+            return tuple(name.decode() for name in names)
+        start = binary.find(_APPLETS_START, start + 1)
+    raise ImageUnusable(
+        "The busybox of this distribution has no readable list of its commands",
+        hint="The distribution has changed its package busybox-static; report this with its version",
+    )

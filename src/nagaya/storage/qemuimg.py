@@ -41,7 +41,7 @@ async def create_disk(path: Path, size_mib: int, *, uid: int | None = None, gid:
     """
     if size_mib < 1:
         raise InvalidInput(f"A disk of {size_mib} MiB cannot be made", hint="Ask for 1 MiB or more")
-    if os.path.lexists(path):
+    if _there(path):
         return
     program = shutil.which("qemu-img")
     if program is None:
@@ -50,8 +50,6 @@ async def create_disk(path: Path, size_mib: int, *, uid: int | None = None, gid:
             hint="Install it",
             command="apt-get install qemu-utils",
         )
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink()
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -67,6 +65,12 @@ async def create_disk(path: Path, size_mib: int, *, uid: int | None = None, gid:
         os.unlink(temporary)
 
 
+def _there(path: Path) -> bool:
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink()
+    return path.exists()
+
+
 async def _create(program: str, path: Path, size_mib: int) -> None:
     argv = [program, "create", "-q", "-f", "qcow2", "-o", _OPTIONS, str(path), f"{size_mib}M"]
     try:
@@ -80,7 +84,7 @@ async def _create(program: str, path: Path, size_mib: int) -> None:
                 command=f"df -h {path.parent}",
                 details={"free_mib": free},
             ) from error
-        if re.search("too big|too large|File too large|must be less", error.output, re.IGNORECASE):
+        if re.search("too big|too large|File too large|must be between|must be less", error.output, re.IGNORECASE):
             raise InvalidInput(
                 f"A disk of {size_mib} MiB cannot be made: {error.output.strip()}", hint="Ask for a smaller disk"
             ) from error
