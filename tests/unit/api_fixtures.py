@@ -55,10 +55,11 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def serving(tmp_path: Path, node: SimNode | None = None) -> AsyncIterator[Api]:
+async def serving(tmp_path: Path, node: SimNode | None = None, *, mortal: bool = True) -> AsyncIterator[Api]:
+    """``mortal``: asking it to shut down ends it."""
     node = node or SimNode()
     stop = asyncio.Event()
-    plane = Plane(await Store.open(tmp_path / "nagaya.db"), node, Ratios(), stop.set)
+    plane = Plane(await Store.open(tmp_path / "nagaya.db"), node, Ratios(), stop.set if mortal else lambda: None)
     path, token_file, port = tmp_path / "api.sock", tmp_path / "api.token", free_port()
     try:
         await plane.start()

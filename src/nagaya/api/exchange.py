@@ -82,9 +82,24 @@ class Decoded(Generic[T]):
                 hint=f"Send the header Content-Type: {JSON}",
             )
         try:
-            return self._decoder.decode(content)
+            return self._decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise explain(self.struct, error) from error
+
+    def _decode(self, content: bytes) -> Any:
+        try:
+            return self._decoder.decode(content)
+        except msgspec.ValidationError:
+            return msgspec.convert(_whole(msgspec.json.decode(content)), self.struct)
+
+
+def _whole(value: Any) -> Any:
+    """``512.0`` as ``512``: JSON has one kind of number, and some languages write whole ones so."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {key: _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def explain(struct: type[wire.Body], error: Exception) -> InvalidInput:
@@ -236,9 +251,8 @@ async def _once(
         str | None,
         Header(
             alias="Idempotency-Key",
-            min_length=1,
-            max_length=255,
-            description="Any text of the client's choice. For a day, the same key answers the same again.",
+            pattern="^[!-~]{1,255}$",
+            description="Any word of the client's choice. For a day, the same key answers the same again.",
         ),
     ] = None,
 ) -> Exchange:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header
 from fastapi.responses import Response
 
 from nagaya import wire
 from nagaya.api.exchange import Call
 from nagaya.api.live import EVENT_STREAM, sse
 from nagaya.api.openapi import documented
-from nagaya.api.routes.parameters import After, Limit, Object
+from nagaya.api.routes.parameters import Limit, Object, Position
 from nagaya.control.ops import audit, events
 
 router = APIRouter(tags=["events"])
@@ -20,9 +20,7 @@ router = APIRouter(tags=["events"])
 @router.get("/events", **documented(wire.EventPage, media=("application/json", EVENT_STREAM)))
 async def list_events(
     call: Call,
-    after: Annotated[
-        str | None, Query(pattern=r"^[0-9]{1,18}$", description="Only events after this `seq`; else the newest.")
-    ] = None,
+    after: Position = None,
     limit: Limit = 100,
     object: Object = None,
     last_event_id: Annotated[
@@ -41,6 +39,6 @@ async def list_events(
 
 
 @router.get("/audit", **documented(wire.AuditPage))
-async def list_audit(call: Call, after: After = None, limit: Limit = 100, object: Object = None) -> Response:
+async def list_audit(call: Call, after: Position = None, limit: Limit = 100, object: Object = None) -> Response:
     """List who did what, the newest first."""
     return call.reply(await audit.list(call.plane, call.caller, after=after, limit=limit, object=object))

@@ -13,6 +13,9 @@ After = Annotated[
     str | None,
     Query(max_length=128, pattern=r"^[^\x00]+$", description="`next` of the page before; nothing for the first."),
 ]
+Position = Annotated[
+    str | None, Query(pattern=r"^[0-9]{1,18}$", description="`next` of the page before: a `seq`; else the newest.")
+]
 Object = Annotated[
     str | None, Query(max_length=128, pattern=r"^[^\x00]+$", description="Only what concerns this id or name.")
 ]

@@ -17,7 +17,7 @@ from nagaya.errors import NotFound
 router = APIRouter(tags=["tasks"])
 
 
-@router.get("/tasks", **documented(wire.TaskPage))
+@router.get("/tasks", **documented(wire.TaskPage, errors=(NotFound,)))
 async def list_tasks(
     call: Call,
     after: After = None,

@@ -9,7 +9,7 @@ from nagaya.control import views
 from nagaya.control.authorize import Caller, operation
 from nagaya.control.plane import Plane
 from nagaya.control.store import tasks
-from nagaya.errors import InvalidInput
+from nagaya.errors import InvalidInput, NotFound
 from nagaya.model.task import TaskState
 
 
@@ -35,7 +35,9 @@ async def list(
             # The position is a task; where it stands in the order, the database knows.
             at = (await connection.execute(sa.select(tasks.c.created_at).where(tasks.c.id == after))).scalar()
             if at is None:
-                raise InvalidInput(f"after={after!r} is not a position of this list", hint="Begin again without it")
+                raise NotFound(
+                    f"after={after!r} is not a position of this list (any more)", hint="Begin again without it"
+                )
             older = sa.and_(tasks.c.created_at == at, tasks.c.id < after)
             query = query.where(sa.or_(tasks.c.created_at < at, older))
         rows = (await connection.execute(query)).mappings().all()
