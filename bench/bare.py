@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -54,12 +55,12 @@ class CommandLine:
     @property
     def monitor_fd(self) -> int:
         """The descriptor of the first monitor: of the chardev that a control monitor names, or of ``-qmp``."""
-        words = list(self.argv)
-        for option, value in zip(words, words[1:], strict=False):
+        words = self.argv
+        for option, value in pairwise(words):
             if option == "-mon" and "mode=control" in value:
                 name = re.search(r"chardev=([^,]+)", value) or re.match(r"([^,=]+)", value)
                 assert name is not None
-                for other, chardev in zip(words, words[1:], strict=False):
+                for other, chardev in pairwise(words):
                     found = re.search(r"(?:^|,)fd=(\d+)", chardev)
                     if other == "-chardev" and f"id={name[1]}" in chardev.split(",") and found:
                         return int(found[1])

@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from bare import Bare, CommandLine
-from server import Server
+from server import Server, rss_mib
 
 Figures = dict[str, Any]
 
@@ -189,7 +189,7 @@ def scale(machines: int, stopped: int) -> Figures:
         figures["all_ready_s"] = round(time.perf_counter() - began, 1)
         figures["ready"] = sum(machine["ready"] for machine in seen)
         say(f"{figures['ready']} of {machines} ready after {figures['all_ready_s']} s; 20 s of idling")
-        figures["server_rss_mib"] = server.rss_mib()
+        figures["server_rss_mib"] = rss_mib(server.pid)
         before, at = server.cpu_s(), time.perf_counter()
         time.sleep(20)
         figures["server_idle_cpu_percent"] = round((server.cpu_s() - before) / (time.perf_counter() - at) * 100, 2)
@@ -222,7 +222,7 @@ def scale(machines: int, stopped: int) -> Figures:
             after = page["next"]
         figures["page_of_100_ms"] = spread(pages)
         figures["listed"] = sum(1 for _ in server.client.pages("/machines", limit=1000))
-        figures["server_rss_mib_with_stopped"] = server.rss_mib()
+        figures["server_rss_mib_with_stopped"] = rss_mib(server.pid)
     return figures
 
 
@@ -259,13 +259,6 @@ def fill(server: Server, count: int) -> None:
 
         database.executemany(f"INSERT INTO machines ({', '.join(columns)}) VALUES ({marks})", copies())
     server.up()
-
-
-def rss_mib(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return round(int(line.split()[1]) / 1024, 1)
-    raise ProcessLookupError(pid)
 
 
 # --- commands --------------------------------------------------------------------------------------------------

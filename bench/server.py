@@ -116,13 +116,15 @@ class Server:
     def ready_line(self, machine: dict[str, Any]) -> str:
         return str(json.loads((self.image(machine) / "manifest.json").read_text())["ready_line"])
 
-    def rss_mib(self) -> float:
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return round(int(line.split()[1]) / 1024, 1)
-        raise ProcessLookupError(self.pid)
-
     def cpu_s(self) -> float:
         """Processor time the server has used, its threads included (proc(5), utime and stime)."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rss_mib(pid: int) -> float:
+    """Resident memory of a process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return round(int(line.split()[1]) / 1024, 1)
+    raise ProcessLookupError(pid)
