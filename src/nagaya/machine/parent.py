@@ -151,6 +151,12 @@ def enter_cgroups(directories: list[str]) -> None:
             file.write(str(os.getpid()))
 
 
+def device_groups(paths: list[str]) -> list[int]:
+    """The groups that may use the devices among ``paths`` (/dev/kvm is root:kvm 0660), root's excepted."""
+    states = [os.stat(path) for path in paths if path.startswith("/dev/") and os.path.exists(path)]
+    return [state.st_gid for state in states if state.st_mode & 0o060 == 0o060 and state.st_gid != 0]
+
+
 def confine(orders: Orders, landlock: bool) -> None:
     """Give up what the program does not need; nothing of it can be had back."""
     import resource
@@ -165,7 +171,7 @@ def confine(orders: Orders, landlock: bool) -> None:
             last = int(file.read())
         for capability in range(last + 1):
             kernel.prctl(PR_CAPBSET_DROP, capability)
-        os.setgroups([])
+        os.setgroups(device_groups(orders["writable"]))
         os.setresgid(orders["gid"], orders["gid"], orders["gid"])
         os.setresuid(orders["uid"], orders["uid"], orders["uid"])
     kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
@@ -345,6 +351,7 @@ def finish(orders: Orders, status: int) -> None:
 
 def main() -> int:
     orders = json.loads(sys.stdin.buffer.read())
+    close_others(orders["lock_fd"])
     os.set_inheritable(orders["lock_fd"], False)
     if os.fork():
         os._exit(0)  # the starter's child ends, the parent belongs to nobody
@@ -370,6 +377,18 @@ def main() -> int:
         return 1
     keep(orders, pid, helper)
     return 0
+
+
+def close_others(kept: int) -> None:
+    """Close what was inherited by accident: uvloop hands its ends of the standard streams on a second time."""
+    for name in os.listdir("/proc/self/fd"):
+        number = int(name)
+        if number > 2 and number != kept:
+            try:
+                os.close(number)
+            except OSError as error:
+                if error.errno != errno.EBADF:  # the one that listed them
+                    raise
 
 
 def answer(record: Orders) -> None:
