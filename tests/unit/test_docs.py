@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-import nagaya
+import nagaya.machine
 from nagaya.errors import NagayaError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +86,16 @@ def test_every_page_is_reachable_from_the_index() -> None:
 
 def test_the_picture_is_well_formed() -> None:
     assert ElementTree.parse(ROOT / "docs/architecture.svg").getroot().tag.endswith("svg")
+
+
+def test_the_library_example_is_the_one_in_the_code() -> None:
+    """It is run with a real guest in tests/guest; here it is only the same, twenty lines of Python."""
+    page = (ROOT / "docs/machine-library.md").read_text()
+    shown = re.search(r"^    import asyncio\n.*?^    asyncio\.run\(main\(\)\)$", page, re.MULTILINE | re.DOTALL)
+    assert shown
+    compile(textwrap.dedent(shown[0]), "machine-library.md", "exec")
+    assert shown[0] in (inspect.getdoc(nagaya.machine) or "")
+    assert len([line for line in shown[0].splitlines() if line.strip()]) <= 20
 
 
 def commands_of(page: Path) -> list[str]:
