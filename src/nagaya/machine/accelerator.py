@@ -17,6 +17,7 @@ import hashlib
 import os
 import platform
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -103,6 +104,12 @@ def _why(accelerator: Accelerator, end: str) -> str:
         return "QEMU runs, but the kernel wrote nothing to its console in time"
     if end == "slow":
         return "the kernel started, but did not come up in time"
+    if accelerator is Accelerator.KVM and "kvm" in end:
+        words = end.rpartition(": ")[2]
+        return (
+            f"/dev/kvm opens, but QEMU cannot run this processor on it ({words}): this host is probably a virtual "
+            "machine with incomplete nested virtualisation"
+        )
     return f"QEMU could not use it: {end}"
 
 
@@ -163,7 +170,13 @@ async def _trial(argv: Sequence[str], ready_line: str, silence_s: float, deadlin
 
     with tempfile.TemporaryDirectory(prefix="nagaya-trial-") as directory:
         running = asyncio.create_task(
-            host.run(argv, cwd=Path(directory), timeout_s=silence_s + deadline_s + 10.0, on_line=on_line)
+            host.run(
+                argv,
+                cwd=Path(directory),
+                timeout_s=silence_s + deadline_s + 10.0,
+                on_line=on_line,
+                before_exec=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),  # a refusal may be an abort
+            )
         )
         try:
             if not await _before(wrote, running, silence_s) and not running.done():
@@ -291,8 +304,9 @@ class Accelerators:
                 # Why not a better one is part of why this one.
                 return _because(verdict, reasons)
             reasons.append(f"{accelerator.value}: {verdict.reason}")
+        what = f"{architecture.value} cannot be executed here"
         raise AcceleratorRefused(
-            f"No accelerator executes {architecture.value} here. " + ". ".join(reasons),
+            f"{what}: {'; '.join(reasons)}" if reasons else f"{what} by anything but {avoid}, which just failed",
             hint="`nagaya doctor` says what was tried and why it failed",
             command="nagaya doctor",
             details={"reasons": reasons},
@@ -326,7 +340,7 @@ class Accelerators:
         """Whether a refusal was for something that costs nothing to check again (a missing device, a permission)."""
         if verdict.usable or verdict.accelerator is not Accelerator.KVM:
             return False
-        return verdict.reason.startswith("/dev/kvm") and "does not start" not in verdict.reason
+        return verdict.reason.startswith("/dev/kvm") and not verdict.reason.startswith("/dev/kvm opens")
 
     def _key(self, version: str, image: Image) -> str:
         parts = (platform.release(), processor(), version, image.kernel.sha256, image.initrd.sha256)

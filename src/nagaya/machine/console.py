@@ -101,6 +101,7 @@ class SerialConsole(asyncio.Protocol):
     def __init__(self, ready_line: str, on_ready: Callable[[], None]) -> None:
         self.closed = asyncio.Event()
         self._on_ready = on_ready
+        self._ready_line = ready_line
         self._ready = ReadyLine(ready_line)
         self._history = bytearray()
         self._viewers: set[Viewer] = set()
@@ -126,20 +127,17 @@ class SerialConsole(asyncio.Protocol):
         The log is read after the connection stands, so nothing is missing between the two; where they overlap, the
         longest overlap is taken out. ``look_for_ready``: call ``on_ready`` when the ready line is in the log.
         """
-        heard = bytes(self._history)
-        overlap = next((n for n in range(min(len(log), len(heard)), 0, -1) if log.endswith(heard[:n])), 0)
+        heard = memoryview(bytes(self._history))
+        ends = memoryview(log)
+        overlap = next((n for n in range(min(len(log), len(heard)), 0, -1) if ends[-n:] == heard[:n]), 0)
         self._history = bytearray(log) + heard[overlap:]
         self._trim()
-        if look_for_ready and ReadyLine(self._ready._line.decode()).feed(bytes(self._history)):
+        if look_for_ready and ReadyLine(self._ready_line).feed(bytes(self._history)):
             self._on_ready()
 
     def history(self) -> bytes:
         """What the guest wrote last, at most SCROLLBACK bytes."""
         return bytes(self._history[-SCROLLBACK:])
-
-    def forget_partial_line(self) -> None:
-        """The guest was reset: what it had begun to write is not continued."""
-        self._ready.feed(b"\n")
 
     def join(self) -> Viewer:
         """One more viewer; :meth:`leave` when it goes. Raises Conflict when the console has ended."""

@@ -72,6 +72,7 @@ AGENT_TIMEOUT_S: Final = 5.0
 QUIT_TIMEOUT_S: Final = 5.0
 """How long QEMU may take to flush its disks and end before it is killed."""
 RETRY_S: Final = 5.0
+PRESS_AGAIN_S: Final = 2.0
 RESETS_MAX: Final = 3
 """A guest that resets itself this often without becoming ready is in a reboot loop."""
 ROOM_MIB: Final = 64
@@ -454,7 +455,7 @@ class Driver:
             case "note":
                 await self._note(run)
             case "press" if stopping and run.asked == "acpi":
-                await self._monitor(run).execute("system_powerdown")
+                await self._press(run, "acpi")
             case "nudge" if stopping:
                 await self._ask_otherwise(run)
             case "room":
@@ -628,8 +629,6 @@ class Driver:
             run.ask.add("note")
         if isinstance(self._state, Running | Paused):
             self._state = replace(self._state, ready=True)
-        # A power button pressed while the guest booted was heard by nobody.
-        run.ask.add("press")
 
     def _was_reset(self, run: _Run) -> None:
         wrote = run.console.history() if run.console else b""
@@ -725,6 +724,9 @@ class Driver:
         if method == "agent":
             await run.agent.shutdown(AGENT_TIMEOUT_S)
         else:
+            # A guest whose daemon is just starting does not hear it, so it is pressed again. Further presses do not
+            # bother a guest that is already on its way down.
+            self._later(run, PRESS_AGAIN_S, "press")
             await self._monitor(run).execute("system_powerdown")
 
     def _enter_stopping(self, run: _Run, method: str, deadline: datetime | None) -> None:
@@ -808,14 +810,15 @@ def ending(
         )
     if asked == "power-off" or (asked is not None and exit.code == 0):
         return Stopped(f"requested ({asked})")
-    if exit.code == 0 and shutdown in (None, "guest-shutdown", "guest-reset", "guest-panic"):
-        if panic := _panic(serial):
-            return Crashed(panic, 0, None, _last_lines(serial.decode(errors="replace"), 5))
+    if exit.code is not None and (panic := _panic(serial)):  # QEMU itself ends with 1 then
+        return Crashed(panic, exit.code, None, _last_lines(serial.decode(errors="replace"), 5))
+    if exit.code == 0 and shutdown in (None, "guest-shutdown"):
         return Stopped("guest shut down")
     hint = _last_lines(qemu_log, 1) or None
     if exit.signal == signals.SIGKILL:
         hint = "Killed from outside: by somebody, or by the kernel for lack of memory (`dmesg` tells)"
-    return Crashed(f"QEMU {_how(exit)}", exit.code, exit.signal, hint)
+    how = "was told to end by a signal" if shutdown == "host-signal" else _how(exit)
+    return Crashed(f"QEMU {how}", exit.code, exit.signal, hint)
 
 
 def _how(exit: Exit) -> str:
