@@ -89,7 +89,7 @@ def operation(action: str, *, reads: bool = False) -> Callable[[F], F]:
 
             @functools.wraps(function)
             async def streamed(plane: Plane, caller: Caller, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-                async with _attempted(plane, caller, action, reads, args):
+                async with _attempted(plane, caller, action, reads, True, args):
                     values = function(plane, caller, *args, **kwargs)
                     async with aclosing(values):
                         async for value in values:
@@ -100,7 +100,7 @@ def operation(action: str, *, reads: bool = False) -> Callable[[F], F]:
 
             @functools.wraps(function)
             async def called(plane: Plane, caller: Caller, *args: Any, **kwargs: Any) -> Any:
-                async with _attempted(plane, caller, action, reads, args):
+                async with _attempted(plane, caller, action, reads, False, args):
                     return await function(plane, caller, *args, **kwargs)
 
             made = called
@@ -113,7 +113,7 @@ def operation(action: str, *, reads: bool = False) -> Callable[[F], F]:
 
 @asynccontextmanager
 async def _attempted(
-    plane: Plane, caller: Caller, action: str, reads: bool, args: tuple[object, ...]
+    plane: Plane, caller: Caller, action: str, reads: bool, streams: bool, args: tuple[object, ...]
 ) -> AsyncIterator[None]:
     name = args[0] if args and isinstance(args[0], str) else None
     kind = action.partition(".")[0]
@@ -122,9 +122,11 @@ async def _attempted(
     _attempt.set(attempt)
     try:
         authorize(caller, action, name)
-        if reads:
+        if reads and streams:
             await plane.ledger.read(caller.actor, action, kind, name)
         yield
+        if reads and not streams:
+            await plane.ledger.read(caller.actor, action, kind, name)
         if not reads and not attempt.recorded:
             raise InternalError(f"{action} did not record itself in the audit")
     except NagayaError as error:

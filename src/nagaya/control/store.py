@@ -11,12 +11,13 @@ Documents (a machine's spec, a task's results) are JSON text; what is searched o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -24,6 +25,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from nagaya import host
 from nagaya.errors import DatabaseLocked, DataTooNew, StartupError
+
+T = TypeVar("T")
 
 REVISIONS: Final = ("0001",)
 """The database's revisions this program knows, oldest first; one file each in ``migrations/versions``."""
@@ -238,19 +241,41 @@ class Feed:
                 event.set()
 
 
-class Transaction:
-    """One write: statements and events become visible together, or not at all."""
+async def unbroken(work: Coroutine[Any, Any, T]) -> T:
+    """Await something that must not be cancelled half-way; a cancellation is raised when it has ended.
 
-    def __init__(self, connection: AsyncConnection) -> None:
-        self.connection = connection
-        self.touched: set[str | None] = set()
-        self.committed: list[Callable[[], None]] = []
-        """Called after the commit."""
+    A driver that is cancelled within a statement forgets its connection, and with it an open transaction and its lock.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        raise
+
+
+class Connection:
+    """A connection for reading; every statement sees the newest commits."""
+
+    def __init__(self, raw: AsyncConnection) -> None:
+        self.raw = raw
 
     async def execute(
         self, statement: sa.Executable, parameters: list[dict[str, Any]] | None = None
     ) -> sa.CursorResult[Any]:
-        return await self.connection.execute(statement, parameters)
+        return await unbroken(self.raw.execute(statement, parameters))
+
+
+class Transaction(Connection):
+    """One write: statements and events become visible together, or not at all."""
+
+    def __init__(self, raw: AsyncConnection) -> None:
+        super().__init__(raw)
+        self.touched: set[str | None] = set()
+        self.committed: list[Callable[[], None]] = []
+        """Called after the commit."""
 
     async def event(
         self,
@@ -307,19 +332,27 @@ class Store:
         await self._writer.dispose()
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for reading; every statement sees the newest commits."""
-        async with self._readers.connect() as connection:
-            yield connection
+    async def read(self) -> AsyncIterator[Connection]:
+        """A connection for reading."""
+        raw = await _connected(self._readers)
+        try:
+            yield Connection(raw)
+        finally:
+            await unbroken(raw.close())
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
         """The write transaction: nobody else writes until it ends. Commits at the end, unless an error leaves it."""
-        async with self._lock, self._writer.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITER)))
-            transaction = Transaction(connection)
-            yield transaction
+        async with self._lock:
+            raw = await _connected(self._writer)
+            try:
+                await unbroken(_begun(raw))
+                transaction = Transaction(raw)
+                yield transaction
+                await unbroken(raw.commit())
+            finally:
+                # Rolls back what was not committed.
+                await unbroken(raw.close())
         self.feed.wake(transaction.touched)
         for call in transaction.committed:
             call()
@@ -342,7 +375,7 @@ class Store:
     async def _prepare(self, where: str) -> None:
         try:
             async with self.write() as tx:
-                found = await tx.connection.run_sync(_revision)
+                found = await tx.raw.run_sync(_revision)
                 if found is not None and found not in REVISIONS:
                     raise DataTooNew(
                         f"The database {where} has revision {found}, and this program knows up to {REVISIONS[-1]}",
@@ -351,7 +384,7 @@ class Store:
                         details={"found": found, "known": REVISIONS[-1]},
                     )
                 if found != REVISIONS[-1]:
-                    await tx.connection.run_sync(_upgrade)
+                    await tx.raw.run_sync(_upgrade)
                 instance = (
                     await tx.execute(sa.select(meta.c.value).where(meta.c.key == "instance"))
                 ).scalar_one_or_none()
@@ -370,6 +403,22 @@ class Store:
                 f"The database {where} cannot be opened: {error.orig}",
                 hint="See that its directory exists, belongs to this user and has room",
             ) from error
+
+
+async def _connected(engine: AsyncEngine) -> AsyncConnection:
+    raw = engine.connect()
+    try:
+        await unbroken(raw.start())
+    except asyncio.CancelledError:
+        await unbroken(raw.close())
+        raise
+    return raw
+
+
+async def _begun(raw: AsyncConnection) -> None:
+    await raw.begin()
+    if raw.dialect.name == "postgresql":
+        await raw.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITER)))
 
 
 def _sqlite(path: Path) -> tuple[AsyncEngine, AsyncEngine]:

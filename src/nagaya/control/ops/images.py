@@ -7,12 +7,11 @@ from datetime import datetime
 from typing import Final, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nagaya import wire
 from nagaya.control.authorize import Caller, operation, record
 from nagaya.control.plane import Plane
-from nagaya.control.store import decode, machines, tasks
+from nagaya.control.store import Connection, decode, machines, tasks
 from nagaya.errors import Conflict, InvalidInput, NotFound
 from nagaya.model.image import Image
 from nagaya.model.machine import Architecture
@@ -78,7 +77,7 @@ async def delete(plane: Plane, caller: Caller, name: str, architecture: str) -> 
         )
     ident = f"{name}/{variant.value}"
     async with plane.store.write() as tx:
-        users = await _users(tx.connection, name, variant)
+        users = await _users(tx, name, variant)
         if users:
             more = ", …" if len(users) > 5 else ""
             raise Conflict(
@@ -87,7 +86,7 @@ async def delete(plane: Plane, caller: Caller, name: str, architecture: str) -> 
                 command=f"nagaya delete {users[0]}",
                 details={"used_by": users},
             )
-        if (name, variant) in await _building(tx.connection):
+        if (name, variant) in await _building(tx):
             raise Conflict(f"Image {ident} is being built", hint="Wait until it is", command="nagaya task ls")
         await record(tx, "image", ident, ident)
         await tx.event("image.delete", "image", ident, ident, actor=caller.actor)
@@ -109,7 +108,7 @@ async def list(plane: Plane, caller: Caller) -> wire.ImageList:
     return wire.ImageList(items=items)
 
 
-async def _users(connection: AsyncConnection, name: str, architecture: Architecture) -> builtins.list[str]:
+async def _users(connection: Connection, name: str, architecture: Architecture) -> builtins.list[str]:
     query = (
         sa.select(machines.c.name)
         .where(machines.c.image == name, machines.c.architecture == architecture.value)
@@ -119,7 +118,7 @@ async def _users(connection: AsyncConnection, name: str, architecture: Architect
     return [row.name for row in await connection.execute(query)]
 
 
-async def _building(connection: AsyncConnection) -> set[tuple[str, Architecture]]:
+async def _building(connection: Connection) -> set[tuple[str, Architecture]]:
     """Variants with a task under way that builds them."""
     query = sa.select(tasks.c.input).where(tasks.c.ended_at.is_(None), tasks.c.kind == "image.build")
     inputs = [decode(row.input) for row in await connection.execute(query)]

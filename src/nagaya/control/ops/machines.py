@@ -20,7 +20,6 @@ from typing import Any, Final
 import msgspec
 import sqlalchemy as sa
 from msgspec import UNSET
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nagaya import host, wire
 from nagaya.control import views
@@ -28,7 +27,7 @@ from nagaya.control.authorize import Caller, operation, record
 from nagaya.control.names import mac_address, pleasant_name
 from nagaya.control.nodes import Console
 from nagaya.control.plane import Plane
-from nagaya.control.store import Transaction, encode, events, machines, tasks
+from nagaya.control.store import Connection, Transaction, encode, events, machines, tasks
 from nagaya.control.tasks import wait_for
 from nagaya.control.views import Observed, Row, observed_of, spec_of
 from nagaya.errors import (
@@ -143,7 +142,7 @@ async def patch(
     """
     facts = await plane.node.facts()
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident, if_match)
+        row = await _find(tx, ident, if_match)
         _refuse_deleted(row)
         spec = with_changes(
             spec_of(row),
@@ -178,7 +177,7 @@ async def delete(
     Raises Conflict while it runs, unless ``force`` (the power is cut), and while it is still being made.
     """
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident, if_match)
+        row = await _find(tx, ident, if_match)
         if not row["provisioned"]:
             raise _being_made(row)
         if row["desired"] != Desired.DELETED and row["state"] not in AT_REST and not force:
@@ -188,7 +187,7 @@ async def delete(
                 command=f"nagaya delete --force {row['name']}",
                 details={"state": row["state"]},
             )
-        under_way = await _active(tx.connection, row["id"], "machine.delete")
+        under_way = await _active(tx, row["id"], "machine.delete")
         if under_way is not None:
             await record(tx, "machine", row["id"], row["name"], after={"task": under_way["id"]})
             return wire.Accepted(task=plane.tasks.view(under_way), machine=views.machine(row))
@@ -204,7 +203,7 @@ async def start(plane: Plane, caller: Caller, ident: str, *, if_match: int | Non
     """Start a machine; one that runs already is left as it is. Raises OutOfResources, Conflict."""
     facts = await plane.node.facts()
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident, if_match)
+        row = await _find(tx, ident, if_match)
         _refuse_unfinished(row)
         if row["state"] == "paused":
             raise Conflict(f"{row['name']} is paused", hint="Let it go on", command=f"nagaya resume {row['name']}")
@@ -219,7 +218,7 @@ async def restart(plane: Plane, caller: Caller, ident: str, *, if_match: int | N
     """Ask the guest to shut down, and start it again, with what was changed since. Raises OutOfResources, Conflict."""
     facts = await plane.node.facts()
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident, if_match)
+        row = await _find(tx, ident, if_match)
         _refuse_unfinished(row)
         return await _launch(plane, tx, caller, "machine.restart", row, facts)
 
@@ -230,7 +229,7 @@ async def stop(
 ) -> wire.Accepted:
     """Ask the guest to shut down and cut its power after the deadline, or at once; the task says which it was."""
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident, if_match)
+        row = await _find(tx, ident, if_match)
         _refuse_unfinished(row)
         return await _stop(plane, tx, caller, row, how)
 
@@ -261,7 +260,7 @@ async def stop_all(plane: Plane, tx: Transaction, caller: Caller) -> tuple[str, 
 async def pause(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     """Halt its processors; memory and connections stay. Raises Conflict when it does not run."""
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident, if_match)
+        row = await _find(tx, ident, if_match)
         _refuse_unfinished(row)
         if row["state"] not in ("running", "paused") or row["desired"] not in (Desired.RUNNING, Desired.PAUSED):
             raise Conflict(
@@ -278,7 +277,7 @@ async def pause(plane: Plane, caller: Caller, ident: str, *, if_match: int | Non
 async def resume(plane: Plane, caller: Caller, ident: str, *, if_match: int | None = None) -> wire.Accepted:
     """Let a paused machine go on. Raises Conflict when it is not paused, or by something else than a user."""
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident, if_match)
+        row = await _find(tx, ident, if_match)
         _refuse_unfinished(row)
         if row["state"] != "paused" and row["desired"] != Desired.PAUSED:
             raise Conflict(
@@ -476,7 +475,7 @@ def _next_commands(machine: wire.Machine, findings: Sequence[wire.Finding]) -> b
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-async def _find(connection: AsyncConnection, ident: str, if_match: int | None = None) -> Row:
+async def _find(connection: Connection, ident: str, if_match: int | None = None) -> Row:
     """Raises NotFound, and PreconditionFailed when ``if_match`` is not the machine's generation."""
     found = await connection.execute(
         sa.select(machines).where(sa.or_(machines.c.id == ident, machines.c.name == ident)).limit(2)
@@ -500,7 +499,7 @@ async def _find(connection: AsyncConnection, ident: str, if_match: int | None = 
 async def _noted(plane: Plane, ident: str, after: Mapping[str, Any] | None = None) -> Row:
     """The machine, with the operation recorded before it looks into the guest."""
     async with plane.store.write() as tx:
-        row = await _find(tx.connection, ident)
+        row = await _find(tx, ident)
         await record(tx, "machine", row["id"], row["name"], after=after)
     return row
 
@@ -570,7 +569,7 @@ def _columns(spec: MachineSpec) -> dict[str, Any]:
     }
 
 
-async def _active(connection: AsyncConnection, object_id: str, kind: str) -> Row | None:
+async def _active(connection: Connection, object_id: str, kind: str) -> Row | None:
     query = sa.select(tasks).where(tasks.c.object_id == object_id, tasks.c.kind == kind, tasks.c.ended_at.is_(None))
     return (await connection.execute(query)).mappings().first()
 

@@ -35,7 +35,7 @@ async def _view(plane: Plane, node: Node) -> wire.Node:
         row = (await connection.execute(sa.select(nodes).where(nodes.c.name == node.name))).one_or_none()
         held = (
             await connection.execute(
-                sa.select(sa.func.count(), sa.func.sum(machines.c.claim_mib)).where(
+                sa.select(sa.func.count().label("running"), sa.func.sum(machines.c.claim_mib).label("mib")).where(
                     machines.c.node == node.name, machines.c.holds
                 )
             )
@@ -48,4 +48,4 @@ async def _view(plane: Plane, node: Node) -> wire.Node:
             raise
         # The last that was heard of it.
         facts, state = msgspec.json.decode(row.facts, type=NodeFacts), "silent"
-    return views.node(facts, state, int(held[1] or 0), held[0])
+    return views.node(facts, state, int(held.mib or 0), held.running)

@@ -47,6 +47,8 @@ BATCH: Final = 500
 """Reports written in one transaction."""
 RESEND_S: Final = 5.0
 """A ``put`` whose effect was not seen for so long is sent again."""
+RECONNECT_S: Final = 0.5
+RECONNECT_MAX_S: Final = 30.0
 RESTART_MAX_S: Final = 300.0
 STEADY_S: Final = 600.0
 """A machine that ran so long is not held to be in a crash loop."""
@@ -215,6 +217,7 @@ class Machines:
         failures = 0
         while True:
             why = "its reports ended"
+            since = asyncio.get_running_loop().time()
             try:
                 await self._watch(node)
             except (NagayaError, OSError, sa.exc.SQLAlchemyError) as error:
@@ -224,7 +227,9 @@ class Machines:
                 await self._silent(node.name, why)
             except sa.exc.SQLAlchemyError as error:
                 log.error("a node's silence was not written", node=node.name, error=chain(error))
-            await asyncio.sleep(min(2.0**failures, 30.0))
+            if asyncio.get_running_loop().time() - since > RECONNECT_MAX_S:
+                failures = 0
+            await asyncio.sleep(min(RECONNECT_S * 2.0 ** min(failures, 8), RECONNECT_MAX_S))
             failures += 1
 
     async def _watch(self, node: Node) -> None:
