@@ -661,7 +661,7 @@ class Driver:
             self._state = Paused(why, ready)
             if why is PauseReason.OUT_OF_SPACE:
                 run.full += 1
-                self._later(run, min(2.0**run.full, 60.0), "room")
+                self._later(run, min(0.25 * 2.0**run.full, 60.0), "room")
         elif status == "guest-panicked":
             self._panicked(run, "The guest's kernel panicked")
         elif status == "internal-error":
@@ -681,7 +681,7 @@ class Driver:
         if shutil.disk_usage(self._data).free >> 20 >= ROOM_MIB:
             self._state = Paused(PauseReason.USER, self._state.ready)
         else:
-            self._later(run, min(2.0**run.full, 60.0), "room")
+            self._later(run, min(0.25 * 2.0**run.full, 60.0), "room")
 
     # --- the end of a run ---
 
