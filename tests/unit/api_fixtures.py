@@ -47,6 +47,16 @@ class Api:
         return await self.get(f"/machines/{name}")
 
 
+def problem(answer: httpx2.Response, status: int, code: str) -> Any:
+    """The problem document that was answered; it must be this one."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert body["status"] == status
+    assert body["code"] == code
+    return body
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
