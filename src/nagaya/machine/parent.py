@@ -288,14 +288,8 @@ def launch(orders: Orders) -> tuple[int, int | None, int, Orders | None]:
     )  # fmt: skip
     write_record("process.json", record, durable=False)
     failed = child.go()
-    for source in descriptors.values():
-        if source not in (orders["lock_fd"], qemu_log):
-            try:
-                os.close(source)
-            except OSError as error:
-                if error.errno != errno.EBADF:  # /dev/null and the log stand there twice
-                    raise
     os.dup2(qemu_log, 2)
+    close_others(orders["lock_fd"])  # the sockets are QEMU's alone: they refuse clients once it has ended
     return child.pid, helper, started, failed
 
 
@@ -365,18 +359,22 @@ def main() -> int:
     try:
         pid, helper, started, failed = launch(orders)
     except OSError as error:
-        answer({"error": str(error), "stage": "preparing it"})
-        finish(orders, 127)
-        return 1
-    answer({"pid": pid, "start_time": started} if failed is None else failed)
+        return give_up(orders, set(), {"error": str(error), "stage": "preparing it"})
     if failed is not None:
-        for child in {pid} if helper is None else {pid, helper}:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        finish(orders, 127)
-        return 1
+        return give_up(orders, {pid} if helper is None else {pid, helper}, failed)
+    answer({"pid": pid, "start_time": started})
     keep(orders, pid, helper)
     return 0
+
+
+def give_up(orders: Orders, children: set[int], failed: Orders) -> int:
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    finish(orders, 127)
+    os.close(orders["lock_fd"])  # before the answer, so that whoever reads it may launch again at once
+    answer(failed)
+    return 1
 
 
 def close_others(kept: int) -> None:
