@@ -40,7 +40,7 @@ from nagaya.model.node import Emulator, Verdict
 MINIMUM_QEMU: Final = (9, 1)
 SILENCE_S: Final = 8.0
 DEADLINE_S: Final = 60.0
-TRIAL_MEMORY_MIB: Final = 128
+TRIAL_MEMORY_MIB: Final = 256  # pseries takes only multiples of this
 
 _HARDWARE: Final = {"linux": Accelerator.KVM, "darwin": Accelerator.HVF, "win32": Accelerator.WHPX}
 
@@ -315,14 +315,14 @@ class Accelerators:
     async def _verdict(
         self, accelerator: Accelerator, architecture: Architecture, emulator: str, trial_image: TrialImage
     ) -> Verdict:
+        image, directory = trial_image(architecture)
+        key = self._key(await self._version(emulator), image)
+        if (known := self._known(key, accelerator, architecture)) is not None:
+            return known
         # One trial at a time: two of them on a small host would make each other slow, and verdicts wrong.
         async with self._turn:
-            image, directory = trial_image(architecture)
-            key = self._key(await self._version(emulator), image)
-            for kept in self._kept:
-                same = kept.verdict.accelerator is accelerator and kept.verdict.architecture is architecture
-                if same and kept.key == key and not self._worth_another_look(kept.verdict):
-                    return kept.verdict
+            if (known := self._known(key, accelerator, architecture)) is not None:
+                return known
             verdict = await prove(
                 accelerator, emulator, image, directory, silence_s=self._silence_s, deadline_s=self._deadline_s
             )
@@ -334,6 +334,13 @@ class Accelerators:
             self._kept = [*others, _Kept(key, verdict)]
             await asyncio.to_thread(host.atomic_write, self._cache, msgspec.json.encode(self._kept))
             return verdict
+
+    def _known(self, key: str, accelerator: Accelerator, architecture: Architecture) -> Verdict | None:
+        for kept in self._kept:
+            same = kept.verdict.accelerator is accelerator and kept.verdict.architecture is architecture
+            if same and kept.key == key and not self._worth_another_look(kept.verdict):
+                return kept.verdict
+        return None
 
     @staticmethod
     def _worth_another_look(verdict: Verdict) -> bool:

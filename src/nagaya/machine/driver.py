@@ -661,7 +661,7 @@ class Driver:
             self._state = Paused(why, ready)
             if why is PauseReason.OUT_OF_SPACE:
                 run.full += 1
-                self._later(run, min(0.25 * 2.0**run.full, 60.0), "room")
+                self._later(run, _patience(run.full), "room")
         elif status == "guest-panicked":
             self._panicked(run, "The guest's kernel panicked")
         elif status == "internal-error":
@@ -681,7 +681,7 @@ class Driver:
         if shutil.disk_usage(self._data).free >> 20 >= ROOM_MIB:
             self._state = Paused(PauseReason.USER, self._state.ready)
         else:
-            self._later(run, min(0.25 * 2.0**run.full, 60.0), "room")
+            self._later(run, _patience(run.full), "room")
 
     # --- the end of a run ---
 
@@ -786,6 +786,11 @@ class Driver:
         if run.monitor is None:
             raise MonitorClosed("QEMU's monitor is not open", hint="It is opened again every few seconds")
         return run.monitor
+
+
+def _patience(times: int) -> float:
+    """Seconds until the next look for room: the more often it ran full, the longer, up to a minute."""
+    return min(0.25 * 2.0 ** min(times, 10), 60.0)
 
 
 # --- how a run ended: pure ---------------------------------------------------------------------------------------
