@@ -32,7 +32,7 @@ async def test_the_schema_that_migrations_make_is_the_one_the_code_uses(store: S
         return list(compare_metadata(MigrationContext.configure(connection), metadata))
 
     async with store.write() as tx:
-        assert await tx.connection.run_sync(differences) == []
+        assert await tx.raw.run_sync(differences) == []
 
 
 def test_the_code_knows_every_migration() -> None:
@@ -207,7 +207,7 @@ async def test_the_queries_that_run_all_the_time_use_an_index(tmp_path: Path) ->
             for query in (working, claims, disks, due, active):
                 text = str(query.compile(dialect=sa.dialects.sqlite.dialect(), compile_kwargs={"literal_binds": True}))
 
-                rows = (await connection.exec_driver_sql("EXPLAIN QUERY PLAN " + text)).all()
+                rows = (await connection.raw.exec_driver_sql("EXPLAIN QUERY PLAN " + text)).all()
                 assert all("USING" in row[3] for row in rows), (text, rows)
     finally:
         await store.close()

@@ -196,9 +196,12 @@ async def test_undoing_goes_on_until_it_works(store: Store) -> None:
     check(world, await tasks_runner.get(task_id))
 
 
-@pytest.mark.parametrize(("broken", "pivot"), [(None, None), ("three", None), ("three", "three")])
+@pytest.mark.parametrize(
+    ("broken", "pivot", "fresh"),
+    [(None, None, True), (None, None, False), ("three", None, True), ("three", "three", False)],
+)
 async def test_dropped_at_any_await_and_taken_up_again_it_ends_right(
-    tmp_path: Path, broken: str | None, pivot: str | None
+    tmp_path: Path, broken: str | None, pivot: str | None, fresh: bool
 ) -> None:
     """Crash at the first await, at the second, … until the task gets through without a crash."""
     store = await Store.open(tmp_path / "nagaya.db")
@@ -207,7 +210,7 @@ async def test_dropped_at_any_await_and_taken_up_again_it_ends_right(
         while True:
             world = World(failing={broken: [Conflict("no")] * 3} if broken else {})
             task_id = await submit(store, runner(store, world, pivot))
-            ended = await stopped_after(runner(store, world, pivot).run(task_id), awaits)
+            ended = await stopped_after(runner(store, world, pivot).run(task_id, fresh=fresh), awaits)
             await runner(store, world, pivot).run(task_id)
             task = await runner(store, world, pivot).get(task_id)
             check(world, task, pivot=pivot)

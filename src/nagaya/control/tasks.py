@@ -36,6 +36,8 @@ MAX_TRIES: Final = 5
 MAX_BEGUN: Final = 10
 """How often a step is begun at all, before it is held to be what kills the server."""
 PROGRESS_EVERY_S: Final = 0.5
+GRACE_S: Final = 0.05
+"""A new task whose first step ends sooner is not written down as begun first: that is a commit on every launch."""
 TICK_S: Final = 30.0
 
 log = structlog.get_logger()
@@ -106,6 +108,7 @@ class Runner:
         self._kinds = {kind.name: kind for kind in kinds}
         self._backoff_s = backoff_s
         self._wake = asyncio.Event()
+        self._fresh: set[str] = set()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
 
@@ -147,6 +150,7 @@ class Runner:
         await tx.execute(tasks.insert().values(values))
         await tx.event("task.created", "task", values["id"], None, actor=actor, data=_about(values))
         tx.touched.add(object_id)
+        tx.committed.append(lambda: self._fresh.add(values["id"]))
         return self.view(values)
 
     def wake(self) -> None:
@@ -179,8 +183,8 @@ class Runner:
                     return task
                 await wait_for(changed, min(left, TICK_S))
 
-    async def run(self, task_id: str) -> None:
-        """Carry one task to its end, from wherever it stands."""
+    async def run(self, task_id: str, *, fresh: bool = False) -> None:
+        """Carry one task to its end, from wherever it stands; ``fresh`` when it surely was never begun before."""
         row = await self._row(task_id)
         if TaskState(row.state).ended:
             return
@@ -190,7 +194,7 @@ class Runner:
         work.message = row.message
         left = row.position
         if row.state != TaskState.UNDOING:
-            failed = await self._do(kind, work, row.position, row.attempts)
+            failed = await self._do(kind, work, row.position, row.attempts, fresh)
             if failed is None or kind.pivoted(failed):
                 return
             left = failed + 1
@@ -219,14 +223,16 @@ class Runner:
 
     # --- one task --------------------------------------------------------------------------------------------
 
-    async def _do(self, kind: Kind, work: Work, position: int, attempts: int) -> int | None:
+    async def _do(self, kind: Kind, work: Work, position: int, attempts: int, fresh: bool) -> int | None:
         """Do the steps from ``position``. None when all are done, else the index of the one that failed."""
         begun = False
         while position < len(kind.steps):
             step = kind.steps[position]
             if not begun:
                 attempts += 1
-                await self._begin(work, step, position, attempts)
+                fresh = fresh and attempts == 1
+                if not fresh:
+                    await self._begin(work, step, position, attempts)
             try:
                 if attempts > MAX_BEGUN:
                     raise Interrupted(
@@ -234,7 +240,7 @@ class Runner:
                         hint="See what the server wrote when it ended",
                         command=f"nagaya task show {work.task_id}",
                     )
-                result = await self._reporting(kind, work, position, step.do(work))
+                result = await self._reporting(kind, work, position, step.do(work), fresh)
             except Exception as error:  # noqa: BLE001 - whatever a step raises, the task is undone and tells it
                 if step.retry and getattr(error, "retryable", False) and attempts < MAX_TRIES:
                     log.info("step failed and is tried again", task=work.task_id, step=step.name, error=chain(error))
@@ -247,7 +253,7 @@ class Runner:
             position += 1
             if result is not None:
                 work.results[step.name] = dict(result)
-            begun, attempts = True, 1
+            begun, attempts, fresh = True, 1, False
             await self._done(kind, work, step, position)
         return None
 
@@ -312,12 +318,14 @@ class Runner:
         )
 
     async def _reporting(
-        self, kind: Kind, work: Work, position: int, doing: Awaitable[Mapping[str, Any] | None]
+        self, kind: Kind, work: Work, position: int, doing: Awaitable[Mapping[str, Any] | None], fresh: bool
     ) -> Mapping[str, Any] | None:
         """Await a step while its progress is written now and then."""
         ended = asyncio.Event()
 
         async def report() -> None:
+            if fresh and not await wait_for(ended, GRACE_S):
+                await self._begin(work, kind.steps[position], position, 1)
             while True:
                 await work.changed.wait()
                 if ended.is_set():
@@ -381,7 +389,8 @@ class Runner:
             )
             waiting = [row.id for row in await connection.execute(query) if row.id not in self._running]
         for task_id in waiting[:free]:
-            running = asyncio.create_task(self.run(task_id), name=f"task {task_id}")
+            running = asyncio.create_task(self.run(task_id, fresh=task_id in self._fresh), name=f"task {task_id}")
+            self._fresh.discard(task_id)
             self._running[task_id] = running
             running.add_done_callback(lambda ended, task_id=task_id: self._ended(task_id, ended))  # type: ignore[misc]
 

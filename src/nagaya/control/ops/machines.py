@@ -71,7 +71,7 @@ async def create(plane: Plane, caller: Caller, body: wire.MachineCreate) -> wire
     facts = await node.facts()
     architecture = Architecture(body.architecture or facts.architecture)
     _require_emulator(facts, architecture)
-    await _require_image(plane, body.image, architecture)
+    built = await _require_image(plane, body.image, architecture)
     demanded = Accelerator(body.accelerator) if body.accelerator else None
     if demanded is not None:
         await node.choose_accelerator(architecture, demanded)
@@ -129,7 +129,7 @@ async def create(plane: Plane, caller: Caller, body: wire.MachineCreate) -> wire
             "start": body.start,
             "incarnation": 1,
         }
-        return await _accept(plane, tx, caller, "machine.create", None, row, given, position=1)
+        return await _accept(plane, tx, caller, "machine.create", None, row, given, position=2 if built else 1)
 
 
 @operation("machine.set")
@@ -633,12 +633,13 @@ def _require_emulator(facts: NodeFacts, architecture: Architecture) -> None:
             )
 
 
-async def _require_image(plane: Plane, name: str, architecture: Architecture) -> None:
+async def _require_image(plane: Plane, name: str, architecture: Architecture) -> bool:
+    """Whether the image is there; False when it is to be built. Raises NotFound when it cannot be."""
     images = await plane.node.images()
     if any((image.name, image.architecture) == (name, architecture) for image in images):
-        return
+        return True
     if plane.node.image_buildable(name, architecture):
-        return
+        return False
     there = sorted(f"{image.name} ({image.architecture.value})" for image in images)
     raise NotFound(
         f"There is no image {name} for {architecture.value}; there "

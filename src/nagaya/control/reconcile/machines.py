@@ -148,7 +148,10 @@ class Machines:
 
     async def reconcile(self) -> float:
         """Do what is to be done now. Returns the seconds until there may be more without a signal."""
-        await self._restart_due()
+        async with self._store.read() as connection:
+            next_restart = (await connection.execute(sa.select(sa.func.min(machines.c.restart_at)))).scalar_one()
+        if next_restart is not None and next_restart <= host.now():
+            next_restart = await self._restart_due()
         async with self._store.read() as connection:
             query = (
                 sa.select(machines)
@@ -156,7 +159,6 @@ class Machines:
                 .where(machines.c.provisioned, machines.c.desired != Desired.DELETED.value)
             )
             rows = [row._mapping for row in await connection.execute(query)]
-            next_restart = (await connection.execute(sa.select(sa.func.min(machines.c.restart_at)))).scalar_one()
         now = asyncio.get_running_loop().time()
         self._sent = {row["id"]: self._sent[row["id"]] for row in rows if row["id"] in self._sent}
         for row in rows:
@@ -174,11 +176,9 @@ class Machines:
             wait = min(wait, max(0.0, (next_restart - host.now()).total_seconds()))
         return wait
 
-    async def _restart_due(self) -> None:
+    async def _restart_due(self) -> datetime | None:
+        """Order the restarts whose time has come. Returns when the next one is due."""
         due = sa.select(machines.c.id).where(machines.c.restart_at <= host.now()).limit(BATCH)
-        async with self._store.read() as connection:
-            if (await connection.execute(due)).first() is None:
-                return
         async with self._store.write() as tx:
             changed = await tx.execute(
                 machines.update()
@@ -200,6 +200,9 @@ class Machines:
                     row.name,
                     data={"why": "restart policy", "restarts": row.restarts, "incarnation": row.incarnation},
                 )
+            upcoming = await tx.execute(sa.select(sa.func.min(machines.c.restart_at)))
+            following: datetime | None = upcoming.scalar_one()
+        return following
 
     async def _keep_reconciling(self) -> None:
         while True:
