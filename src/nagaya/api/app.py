@@ -61,6 +61,7 @@ def create_app(plane: Plane) -> FastAPI:
     app = api_routes()
     app.state.plane = plane
     app.state.stopping = asyncio.Event()
+    app.state.live = set()
     app.add_middleware(Edge)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)

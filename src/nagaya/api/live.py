@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from starlette.websockets import WebSocketState
 
 from nagaya import wire
-from nagaya.api.exchange import Exchange
+from nagaya.api.exchange import Exchange, problem
 from nagaya.control.nodes import Console
 from nagaya.control.ops import machines
 from nagaya.control.plane import Plane
@@ -25,7 +25,7 @@ HEARTBEAT_S: Final = 15.0
 
 CLOSED_BY_SERVER: Final = 1001
 CLOSED_FOR_PROBLEM: Final = 4000
-"""A console that ends for an error closes with 4000 + the error's HTTP status (4404, 4409, …)."""
+"""A console that ends for an error closes with 4000 + the error's HTTP status."""
 
 
 async def until_stopping(
@@ -86,21 +86,33 @@ def sse(call: Exchange, events: AsyncIterator[wire.Event], only: str | None) -> 
 async def console(websocket: WebSocket, machine: str) -> None:
     """The serial console of a machine: binary frames both ways, the first one received is the scroll-back.
 
-    A text frame, if one comes, is the last one before the close, and holds the problem document that tells why.
-    Close codes: 1000 the machine ended, 1001 or 1012 the server ends, 4404 no such machine, 4409 it does not run or
-    this viewer was too slow; in general 4000 + the status of the problem.
+    A console that cannot be joined is refused before the handshake, with a problem document. Close codes later: 1000
+    the machine ended, 1001 the server ends, else 4000 + the status of the problem (4409: this viewer was too slow);
+    the reason says it in words.
     """
+    _track(websocket.app.state.live)
     plane: Plane = websocket.app.state.plane
-    await websocket.accept()
     try:
         async with machines.console(plane, websocket.scope["nagaya.caller"], machine) as joined:
+            await websocket.accept()
             code, reason = await _relay(websocket, joined)
     except NagayaError as error:
+        if websocket.application_state is WebSocketState.CONNECTING:
+            await websocket.send_denial_response(problem(error))
+            return
         code, reason = CLOSED_FOR_PROBLEM + error.status, error.message
-        await _last_words(websocket, error)
-    if websocket.client_state is WebSocketState.CONNECTED:
-        # A control frame holds 125 bytes, two of them the code (RFC 6455 §5.5).
-        await websocket.close(code, reason.encode()[:123].decode(errors="ignore"))
+    if websocket.client_state is not WebSocketState.CONNECTED:
+        return
+    # A control frame holds 125 bytes, two of them the code (RFC 6455 §5.5).
+    await websocket.close(code, reason.encode()[:123].decode(errors="ignore"))
+
+
+def _track(live: set[asyncio.Task[Any]]) -> None:
+    """Let the server's end wait for this connection's."""
+    task = asyncio.current_task()
+    assert task is not None
+    live.add(task)
+    task.add_done_callback(live.discard)
 
 
 async def _relay(websocket: WebSocket, joined: Console) -> tuple[int, str]:
@@ -130,8 +142,3 @@ async def _relay(websocket: WebSocket, joined: Console) -> tuple[int, str]:
         for way in ways:
             way.cancel()
         await asyncio.wait(ways)
-
-
-async def _last_words(websocket: WebSocket, error: NagayaError) -> None:
-    if websocket.client_state is WebSocketState.CONNECTED:
-        await websocket.send_text(wire.encode(error.problem()).decode())

@@ -43,6 +43,7 @@ Everything Nagaya does can be asked for here; the command line uses nothing else
 * **Repeating a POST** is safe with an `Idempotency-Key`: the same key and body get the first answer again for a day.
 * **Changing what somebody else changed** is prevented with `If-Match`: machines carry an `ETag`.
 * **Lists** are read page by page: pass `next` of one page as `after` of the next.
+* **Consoles** are WebSockets at `/api/v1/machines/{machine}/console`: binary frames both ways, first the scroll-back.
 * **Locally** the API listens on a unix socket that only its owner can open; over TCP it wants
   `Authorization: Bearer` and the token in `api.token` of the data directory.
 """

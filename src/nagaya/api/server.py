@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import logging
 import os
 import re
 import socket as sockets
@@ -42,6 +43,7 @@ async def serve(
     ``listen`` is a host and a port for TCP; its token is kept in ``token_file``, made at first use. No signal handler
     is installed. Raises PortInUse, StartupError.
     """
+    ending = asyncio.Event()
     with ExitStack() as stack:
         doors = [(stack.enter_context(unix_socket(socket)), Door())]
         if listen is not None:
@@ -49,9 +51,12 @@ async def serve(
             doors.append((stack.enter_context(tcp_socket(*listen)), door))
         async with asyncio.TaskGroup() as group:
             for bound, door in doors:
-                group.create_task(_Listener(app, door, stop).serve([bound]))
+                group.create_task(_Listener(app, door, ending).serve([bound]))
             await stop.wait()
             app.state.stopping.set()
+            if app.state.live:  # consoles say good-bye before their connections are cut
+                await asyncio.wait(app.state.live, timeout=GRACE_S / 2)
+            ending.set()
 
 
 class _Listener(uvicorn.Server):
@@ -74,6 +79,7 @@ class _Listener(uvicorn.Server):
             )
         )
         self._stop = stop
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()
@@ -83,6 +89,11 @@ class _Listener(uvicorn.Server):
             await self.on_tick(0)  # renews the Date header
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), 1.0)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # uvicorn takes a WebSocket that was refused with a whole response for one that was forgotten.
+    return record.msg != "ASGI callable returned without completing handshake."
 
 
 # --- sockets ---------------------------------------------------------------------------------------------------
