@@ -13,7 +13,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from nagaya import host
 from nagaya.errors import Conflict
@@ -169,9 +169,9 @@ class SerialConsole(asyncio.Protocol):
     # --- asyncio.Protocol ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.set_write_buffer_limits(high=WRITE_PIECE)
-        self._transport = transport
+        # Of a stream it is always one for both directions; uvloop's is no subclass of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_PIECE)
 
     def data_received(self, data: bytes) -> None:
         self._history += data
