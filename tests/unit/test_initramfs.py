@@ -163,7 +163,7 @@ def test_a_module_has_one_name_however_its_file_is_spelled(path: str) -> None:
 
 
 def test_the_commands_of_a_busybox_of_another_architecture_are_read_from_its_table() -> None:
-    binary = b"\x7fELF....\0[\0[[\0ash\0init\0mount\0sh\0zcat\0\0more"
+    binary = b"\x7fELF[\0[[\0other table\0\0\xae [\0[[\0ash\0init\0mount\0sh\0zcat\0\0more"
     assert initramfs.busybox_applets(binary) == ("[", "[[", "ash", "init", "mount", "sh", "zcat")
     with pytest.raises(ImageUnusable, match="no readable list"):
         initramfs.busybox_applets(b"\x7fELF no table")

@@ -36,7 +36,8 @@ async def create_disk(path: Path, size_mib: int, *, uid: int | None = None, gid:
     """Make an empty qcow2 disk of ``size_mib`` at ``path``, readable and writable by its owner alone (0600).
 
     ``uid`` and ``gid`` own it (as root); None leaves it ours. It appears whole or not at all: what a cut-off call
-    left behind is hidden (``.disk.…``) and removed by the next one. A disk that is there is left as it is.
+    left behind is hidden (``.disk.…``) and removed by the next one, so
+    one call per path at a time. A disk that is there is left as it is.
     Raises InvalidInput, EmulatorMissing (no qemu-img), OutOfResources, TimedOut.
     """
     if size_mib < 1:
