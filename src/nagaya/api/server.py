@@ -69,6 +69,7 @@ class _Listener(uvicorn.Server):
                 http="httptools",
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
+                ws_max_size=2**20,
                 lifespan="off",
                 log_config=None,
                 access_log=False,
