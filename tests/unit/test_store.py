@@ -79,6 +79,16 @@ async def test_a_database_that_another_process_writes_to_is_named(
         other.execute("ROLLBACK")
 
 
+async def test_a_url_of_sqlite_is_opened_as_its_path_is(tmp_path: Path) -> None:
+    store = await Store.open(f"sqlite+aiosqlite:///{tmp_path / 'nagaya.db'}")
+    try:
+        async with store.read() as connection:
+            assert (await connection.execute(sa.text("PRAGMA journal_mode"))).scalar() == "wal"
+            assert (await connection.execute(sa.text("PRAGMA synchronous"))).scalar() == 2
+    finally:
+        await store.close()
+
+
 async def test_what_a_failed_write_began_is_not_seen(store: Store) -> None:
     async def fail() -> None:
         async with store.write() as tx:

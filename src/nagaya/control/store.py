@@ -318,7 +318,8 @@ class Store:
 
         Raises DataTooNew when a newer program has upgraded it, DatabaseLocked when another process writes to it.
         """
-        store = cls(*_sqlite(where)) if isinstance(where, Path) else cls(*_server(where))
+        url = sa.make_url(where) if isinstance(where, str) else sa.URL.create("sqlite", database=str(where))
+        store = cls(*(_sqlite(url.database or "") if url.get_backend_name() == "sqlite" else _server(url)))
         try:
             await store._prepare(str(where))
         except BaseException:
@@ -421,8 +422,8 @@ async def _begun(raw: AsyncConnection) -> None:
         await raw.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITER)))
 
 
-def _sqlite(path: Path) -> tuple[AsyncEngine, AsyncEngine]:
-    url = sa.URL.create("sqlite+aiosqlite", database=str(path))
+def _sqlite(path: str) -> tuple[AsyncEngine, AsyncEngine]:
+    url = sa.URL.create("sqlite+aiosqlite", database=path)
 
     def connected(connection: Any, _: Any) -> None:
         # Python's sqlite3 would begin transactions by itself, and deferred ones: they fail when they turn to writing.
@@ -443,7 +444,7 @@ def _sqlite(path: Path) -> tuple[AsyncEngine, AsyncEngine]:
     return readers, writer
 
 
-def _server(url: str) -> tuple[AsyncEngine, AsyncEngine]:
+def _server(url: sa.URL) -> tuple[AsyncEngine, AsyncEngine]:
     engine = create_async_engine(url, pool_size=8, max_overflow=0, pool_timeout=60, pool_pre_ping=True)
     return engine.execution_options(isolation_level="AUTOCOMMIT"), engine
 
