@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ import pytest
 
 from nagaya.errors import Conflict, LaunchFailed, TimedOut
 from nagaya.machine import Machine
-from nagaya.machine.driver import Driver
-from nagaya.model.machine import Accelerator, Crashed, Paused, Running, Stopped
+from nagaya.machine.driver import Driver, Prepared
+from nagaya.model.machine import Accelerator, Crashed, MachineSpec, Paused, Running, Stopped
 from tests.live import prepare_images
 
 pytestmark = pytest.mark.guest
@@ -204,4 +205,38 @@ async def test_a_machine_that_cannot_start_says_why_in_qemus_words(image: Path, 
         async with Machine.boot(broken, accelerator=Accelerator.TCG, directory=tmp_path):
             pass
     assert "initrd" in caught.value.message or "initrd" in json.dumps(caught.value.details)
+    assert not processes_in(tmp_path)
+
+
+async def test_an_accelerator_that_fails_at_start_gives_way_to_the_next_only_if_the_spec_allows(
+    image: Path, tmp_path: Path
+) -> None:
+    avoided: list[Accelerator | None] = []
+    async with Machine.boot(image, memory_mib=128, accelerator=Accelerator.TCG, directory=tmp_path) as machine:
+        await machine.stop(force=True)
+        good = machine.driver._prepare
+
+        async def prepare(spec: MachineSpec, avoid: Accelerator | None) -> Prepared:
+            avoided.append(avoid)
+            prepared = await good(spec, None)
+            if avoid is not None:
+                return prepared
+            argv = tuple("no-such-accelerator" if word.startswith("tcg") else word for word in prepared.plan.argv)
+            broken = dataclasses.replace(prepared.facts, accelerator=Accelerator.KVM)
+            return Prepared(dataclasses.replace(prepared.plan, argv=argv), prepared.confinement, broken)
+
+        machine.driver._prepare = prepare
+        await machine.restart()
+        assert isinstance(machine.state, Crashed)
+        assert "no-such-accelerator" in machine.state.why
+        assert machine.driver.observation.accelerator is Accelerator.KVM, "what failed is named"
+        assert avoided == [None]
+
+        machine._wanted = dataclasses.replace(
+            machine._wanted, spec=dataclasses.replace(machine._wanted.spec, accelerator_fallback=True)
+        )
+        await machine.restart()
+        assert isinstance(machine.state, Running)
+        assert machine.driver.observation.accelerator is Accelerator.TCG
+        assert avoided == [None, None, Accelerator.KVM]
     assert not processes_in(tmp_path)

@@ -28,6 +28,7 @@ from nagaya.model.machine import (
     Wanted,
     state_name,
 )
+from tests.fakes.agent import GuestAgent
 from tests.fakes.machine import FACTS, FakeMachine
 
 SPEC = MachineSpec("web1", "tiny", Architecture.X86_64, "pc-q35-10.0", "52:54:00:00:00:01")
@@ -148,6 +149,19 @@ async def test_a_deaf_guest_loses_its_power_at_the_deadline(tmp_path: Path) -> N
         assert await watched.until(ended) == Stopped("requested (power-off)")
         assert machine.commands()[0] == "system_powerdown"
         assert machine.commands()[-1] == "quit"
+
+
+async def test_an_agent_is_asked_when_the_button_is_not_heard_and_the_state_says_so(tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path, obeys=False)
+
+    def obey(name: str, _: object) -> None:
+        if name == "guest-shutdown":
+            asyncio.get_running_loop().call_later(0.05, machine.end, 0)
+
+    async with driven(machine) as watched, GuestAgent(machine.runtime / "agent.sock", answer=obey):
+        watched.want(Desired.STOPPED, stop_deadline_s=1.5)
+        assert await watched.until(ended) == Stopped("requested (agent)")
+        assert machine.commands() == ["system_powerdown"]
 
 
 async def test_force_overtakes_a_stop_that_waits_for_the_guest(tmp_path: Path) -> None:

@@ -158,6 +158,9 @@ class _Run:
     """How often in a row it ran out of space."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
     waiting: asyncio.Task[None] | None = None
+    """For the exit."""
+    asking: asyncio.Task[None] | None = None
+    """The agent to stop it."""
 
 
 class Driver:
@@ -713,12 +716,26 @@ class Driver:
 
     async def _ask_otherwise(self, run: _Run) -> None:
         """A third of the deadline is over: ask the other way too."""
-        method = "acpi" if run.asked == "agent" else "agent"
-        await self._press(run, method)
-        assert isinstance(self._state, Stopping)
-        run.asked = method
-        self._state = Stopping(method, self._state.deadline)
-        await self._note(run)
+        if run.asked == "agent":
+            await self._press(run, "acpi")
+            self._asked(run, "acpi")
+        elif run.notes.facts is None or run.notes.facts.agent:
+            # An agent that does not answer takes its time not to, and the deadline does not wait for it.
+            run.asking = asyncio.create_task(self._ask_agent(run), name=f"asking {self.id}")
+
+    async def _ask_agent(self, run: _Run) -> None:
+        try:
+            await run.agent.shutdown(AGENT_TIMEOUT_S)
+        except NagayaError as error:
+            log.info("%s: its agent cannot be asked to stop it: %s", self.id, error)
+            return
+        self._post(run, lambda: self._asked(run, "agent"))
+
+    def _asked(self, run: _Run, method: str) -> None:
+        if isinstance(self._state, Stopping) and self._state.method != "power-off":
+            run.asked = method
+            self._state = Stopping(method, self._state.deadline)
+            run.ask.add("note")
 
     async def _press(self, run: _Run, method: str) -> None:
         if method == "agent":
@@ -766,8 +783,9 @@ class Driver:
     async def _detach(self, run: _Run) -> None:
         for timer in run.timers:
             timer.cancel()
-        if run.waiting is not None:
-            run.waiting.cancel()
+        for task in (run.waiting, run.asking):
+            if task is not None:
+                task.cancel()
         if run.console is not None:
             await run.console.close()
         if run.monitor is not None:
