@@ -117,7 +117,7 @@ def confined(uid: int, *groups: str) -> Confinement:
 def qemu(place: tuple[Path, Path], architecture: Architecture = Architecture.X86_64) -> Plan:
     """A real QEMU that never starts its guest, so that it needs no image (its kernel is any small file)."""
     spec = MachineSpec(
-        "jailed", "tiny", architecture, machine_type(architecture), "52:54:00:00:00:01", memory_mib=96, disk_mib=16
+        "jailed", "tiny", architecture, machine_type(architecture), "52:54:00:00:00:01", memory_mib=256, disk_mib=16
     )
     launch = Launch(
         machine_id=str(uuid.uuid4()),
