@@ -6,7 +6,12 @@ import asyncio
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.unit.api_fixtures import serving
+
+# It boots no guest; it is here because it takes as long as one.
+pytestmark = pytest.mark.guest
 
 SEED = 1
 BUDGET_S = 45
