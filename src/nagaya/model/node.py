@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from nagaya.model.machine import Accelerator, Architecture, MachineSpec
+from nagaya.model.machine import MIN_MEMORY_MIB, Accelerator, Architecture, MachineSpec
 
 QEMU_OVERHEAD_MIB: Final = 64
 """QEMU's own heap, stacks and device state beyond guest memory."""
@@ -155,7 +155,7 @@ def admit(
 
 def _relief(spec: MachineSpec, fits_mib: int, others: tuple[Claim, ...]) -> str:
     choices: list[str] = []
-    if fits_mib >= 80:
+    if fits_mib >= MIN_MEMORY_MIB:
         choices.append(f"reduce it (--memory {fits_mib}M)")
     running = sorted((c for c in others if c.running), key=lambda c: c.memory_mib, reverse=True)
     if running:
