@@ -25,7 +25,7 @@ from typing import Final, assert_never
 NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 """Machine names are DNS labels (RFC 1123), since they become host names."""
 
-MIN_MEMORY_MIB: Final = 80  # a tiny guest boots with 80 MiB and not with 64
+MIN_MEMORY_MIB: Final = 96  # a tiny guest boots with 96 MiB and not with 80
 MAX_MEMORY_MIB: Final = 16 * 1024 * 1024
 MAX_CPUS: Final = 288  # what q35 supports with an emulated IOMMU-less APIC setup
 DEFAULT_MEMORY_MIB: Final = 256
@@ -102,7 +102,7 @@ class MachineSpec:
 @dataclass(frozen=True, slots=True)
 class Stopped:
     why: str = "never started"
-    """``never started``, ``requested (acpi)``, ``requested (agent)``, ``requested (power-off)``, ``guest shut down``."""
+    """``never started``, ``guest shut down``, or ``requested`` with how: ``(acpi)``, ``(agent)``, ``(power-off)``."""
 
 
 @dataclass(frozen=True, slots=True)
