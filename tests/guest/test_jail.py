@@ -115,7 +115,7 @@ def confined(uid: int, *groups: str) -> Confinement:
 
 
 def qemu(place: tuple[Path, Path], architecture: Architecture = Architecture.X86_64) -> Plan:
-    """A real QEMU that never starts its guest, so that it needs no image (its kernel is any small file)."""
+    """A real QEMU that never starts its guest, so that it needs no image: its kernel is any file, and is not loaded."""
     spec = MachineSpec(
         "jailed", "tiny", architecture, machine_type(architecture), "52:54:00:00:00:01", memory_mib=256, disk_mib=16
     )
@@ -123,8 +123,8 @@ def qemu(place: tuple[Path, Path], architecture: Architecture = Architecture.X86
         machine_id=str(uuid.uuid4()),
         emulator=shutil.which(emulator_name(architecture)) or "/missing",
         accelerator=Accelerator.TCG,
-        kernel="/kernel",
-        initrd="/initrd",
+        kernel="/etc/passwd",
+        initrd="/etc/passwd",
         cmdline="",
         disk=str(place[1] / "disk.qcow2"),
         network=Network("isolated", "for the test"),

@@ -24,6 +24,9 @@ QMP_FD: Final = 12
 TOOLS_FD: Final = 13
 SERIAL_LOG_FD: Final = 14
 NETWORK_FD: Final = 15
+KERNEL_FD: Final = 16
+INITRD_FD: Final = 17
+DISK_FD: Final = 18
 HELPER_FD: Final = 3
 """The helper's end of the pair that NETWORK_FD is the other end of."""
 
@@ -59,9 +62,12 @@ class Plan:
     network_fd: int | None
     passt: tuple[str, ...] | None
     """The network helper's command line; it holds the other end of network_fd as HELPER_FD."""
+    files: tuple[tuple[int, str], ...]
+    """Files QEMU names by descriptor (``/proc/self/fd/16``): the parent finds them, so that the machine's user needs
+    no way through the directories above. The descriptor alone gives no access; the file's own mode does."""
     readable: tuple[str, ...]
     writable: tuple[str, ...]
-    """Files and directories QEMU may open, beside the system's programs and libraries."""
+    """Files QEMU may open, beside the system's programs and libraries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,8 @@ class _Board:
     cpu: str
     """The processor model under TCG."""
     panic_device: str | None
+    tcg_options: str = ""
+    """What QEMU's own emulation cannot do, and would complain of."""
     """Reports the guest's panic; the other boards' firmware interfaces do so themselves."""
 
 
@@ -90,7 +98,8 @@ _BOARDS: Final = {
     ),
     # x-vof: QEMU's built-in Open Firmware instead of SLOF, which takes 6 s longer to start a kernel under TCG.
     Architecture.PPC64LE: _Board(
-        "pseries-10.0", "usb=off,x-vof=on", "qemu-system-ppc64", "qemu-system-ppc", "hvc0", "pci", "max", None
+        "pseries-10.0", "usb=off,x-vof=on", "qemu-system-ppc64", "qemu-system-ppc", "hvc0", "pci", "max", None,
+        tcg_options="cap-cfpc=broken,cap-ibs=broken,cap-ccf-assist=off",
     ),
     Architecture.S390X: _Board(
         "s390-ccw-virtio-10.0", "", "qemu-system-s390x", "qemu-system-s390x", "ttysclp0", "ccw", "max", None
@@ -123,12 +132,19 @@ def compile(spec: MachineSpec, launch: Launch) -> Plan:
         *("-name", f"guest={_escaped(spec.name)},debug-threads=on"),
         *("-uuid", launch.machine_id),
         *("-nodefaults", "-no-user-config", "-display", "none"),
-        *("-machine", ",".join(filter(None, (spec.machine_type, board.options, "dump-guest-core=off")))),
+        *(
+            "-machine",
+            ",".join(
+                filter(
+                    None, (spec.machine_type, board.options, board.tcg_options if tcg else "", "dump-guest-core=off")
+                )
+            ),
+        ),
         *("-accel", _accelerator(spec, launch.accelerator)),
         *("-cpu", board.cpu if tcg else "host"),
         *("-smp", f"cpus={spec.cpus}"),
         *("-m", f"size={spec.memory_mib}M"),
-        *("-kernel", launch.kernel, "-initrd", launch.initrd, "-append", _cmdline(spec, launch, board)),
+        *("-kernel", _by_number(KERNEL_FD), "-initrd", _by_number(INITRD_FD), "-append", _cmdline(spec, launch, board)),
         # A panic ends QEMU with an exit code (after it told the monitor), a guest's reset is an ordinary reset.
         *("-action", "panic=exit-failure"),
         *("-rtc", "base=utc,driftfix=slew" if spec.architecture is Architecture.X86_64 else "base=utc"),
@@ -157,6 +173,11 @@ def compile(spec: MachineSpec, launch: Launch) -> Plan:
         serial_log_fd=SERIAL_LOG_FD,
         network_fd=NETWORK_FD if passt else None,
         passt=(*launch.network.helper, "--fd", str(HELPER_FD)) if passt else None,
+        files=(
+            (KERNEL_FD, launch.kernel),
+            (INITRD_FD, launch.initrd),
+            *(((DISK_FD, launch.disk),) if launch.disk is not None else ()),
+        ),
         readable=(launch.kernel, launch.initrd),
         writable=tuple(filter(None, (launch.disk, None if tcg else "/dev/kvm"))),
     )
@@ -183,6 +204,10 @@ def _check(spec: MachineSpec, launch: Launch) -> None:
     for what, value, good in rules:
         if not good:
             raise InvalidInput(f"{value!r} cannot be a machine's {what}", hint="Delete the machine and make it again")
+
+
+def _by_number(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
 
 
 def _escaped(value: str) -> str:
@@ -252,7 +277,7 @@ def _devices(spec: MachineSpec, launch: Launch, board: _Board) -> list[str]:
     if launch.disk is not None:
         file = {
             "driver": "file",
-            "filename": launch.disk,
+            "filename": _by_number(DISK_FD),
             "node-name": "disk0-file",
             "discard": "unmap",
             "aio": "threads",

@@ -264,6 +264,8 @@ def launch(orders: Orders) -> tuple[int, int | None, int, Orders | None]:
     descriptors = {0: null, 1: qemu_log, 2: qemu_log, orders["serial_log_fd"]: open_log("serial.log")}
     for number, name in orders["sockets"]:
         descriptors[number] = listen(name)
+    for number, path in orders["files"]:
+        descriptors[number] = os.open(path, os.O_PATH | os.O_CLOEXEC)
     os.makedirs("vnc", mode=0o700, exist_ok=True)
     if orders["uid"] is not None:
         os.chown("vnc", orders["uid"], orders["gid"])
@@ -378,7 +380,7 @@ def give_up(orders: Orders, children: set[int], failed: Orders) -> int:
 
 
 def close_others(kept: int) -> None:
-    """Close what was inherited by accident: uvloop hands its ends of the standard streams on a second time."""
+    """Close what was inherited by accident: some event loops hand their ends of the standard streams on twice."""
     for name in os.listdir("/proc/self/fd"):
         number = int(name)
         if number > 2 and number != kept:
