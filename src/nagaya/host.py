@@ -269,8 +269,9 @@ def process_usage(pid: int) -> dict[str, int | float]:
 
 # --- control groups --------------------------------------------------------------------------------------------
 #
-# Groups are made below the group this process is in (v1), or below the nearest one whose children already have the
-# controllers (v2): <place>/nagaya/<instance>/<machine id>. Only groups below that ``nagaya`` are ever written to; the
+# Groups are made at the top of the hierarchy (v1; machines outlive the server, and must be found again by one that was
+# started elsewhere), or below the nearest group whose children already have the controllers (v2):
+# <place>/nagaya/<instance>/<machine id>. Who may not write to the top of v1 uses the group it is in. Only groups below that ``nagaya`` are ever written to; the
 # one exception is a group that systemd has delegated to this service (Delegate=yes), which is then its own.
 
 CONTROLLERS: Final = ("cpu", "memory", "pids")
@@ -330,13 +331,13 @@ class CgroupPlaces:
     """Why controllers are missing; empty when none is."""
 
 
-def cgroup_mounts(mountinfo: str, own: str) -> tuple[dict[str, Path], Path | None]:
-    """This process's own group per v1 controller, and on v2; from what /proc/self has (proc(5), cgroups(7)). Pure."""
+def cgroup_mounts(mountinfo: str, own: str) -> tuple[dict[str, tuple[Path, Path]], Path | None]:
+    """The top and this process's own group per v1 controller, and its group on v2 (proc(5), cgroups(7)). Pure."""
     paths: dict[str, str] = {}
     for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
         paths.update(dict.fromkeys(controllers.split(","), path))
-    legacy: dict[str, Path] = {}
+    legacy: dict[str, tuple[Path, Path]] = {}
     unified: Path | None = None
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
@@ -346,7 +347,7 @@ def cgroup_mounts(mountinfo: str, own: str) -> tuple[dict[str, Path], Path | Non
             unified = _inside(point, root, paths[""])
         elif kind == "cgroup":
             for controller in set(options.split(",")) & set(CONTROLLERS) & set(paths):
-                legacy[controller] = _inside(point, root, paths[controller])
+                legacy[controller] = (Path(point), _inside(point, root, paths[controller]))
     return legacy, unified
 
 
@@ -382,7 +383,11 @@ def cgroup_places(
     own = Path("/proc/self/cgroup").read_text() if own is None else own
     legacy, unified = cgroup_mounts(mountinfo, own)
     if legacy:
-        places = {controller: place for controller, place in legacy.items() if _may_create(place)}
+        places = {
+            controller: next(place for place in choices if _may_create(place))
+            for controller, choices in legacy.items()
+            if any(map(_may_create, choices))
+        }
         return CgroupPlaces("v1", places, _missing(places, "has no group it may write to, or is not mounted"))
     if unified is None:
         return None

@@ -288,9 +288,11 @@ async def test_as_an_ordinary_user_landlock_is_the_wall() -> None:
 
     repository = Path(__file__).parents[2]
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{repository}:{repository}/src", "HOME": str(here)}
-    ran = await host.run(
-        [sys.executable, "-c", script, str(here)], before_exec=become, environ=environ, cwd=here, timeout_s=60
-    )
-    shutil.rmtree(here)
+    try:
+        ran = await host.run(
+            [sys.executable, "-c", script, str(here)], before_exec=become, environ=environ, cwd=here, timeout_s=60
+        )
+    finally:
+        shutil.rmtree(here)
     # Sockets of the same user are no files to Landlock: that is what Nagaya as root, with a uid each, adds.
     assert set(json.loads(ran.stdout)) == {"own disk", "other monitor", "own monitor"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,20 @@ def nobody_delegates(_: Path) -> bool:
     return False
 
 
-def test_v1_groups_lie_below_the_server_s_own_group(tmp_path: Path) -> None:
-    places = host.cgroup_places(*v1(tmp_path, "cpu", "memory", "pids"))
-    assert places == CgroupPlaces("v1", {name: tmp_path / name / "service" for name in ("cpu", "memory", "pids")})
+def test_v1_groups_lie_where_a_server_started_elsewhere_finds_them(tmp_path: Path) -> None:
+    mountinfo, own = v1(tmp_path, "cpu", "memory", "pids")
+    places = host.cgroup_places(mountinfo, own)
+    assert places == CgroupPlaces("v1", {name: tmp_path / name for name in ("cpu", "memory", "pids")})
+    assert host.cgroup_places(mountinfo, own.replace("/service", "/")) == places
+
+
+def test_v1_falls_back_to_the_server_s_own_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = v1(tmp_path, "cpu")
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "cpu" and allowed(path, mode))
+    places = host.cgroup_places(*texts)
+    assert places is not None
+    assert places.places == {"cpu": tmp_path / "cpu/service"}
 
 
 def test_a_missing_controller_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -50,9 +62,10 @@ def test_a_missing_controller_is_named_with_the_reason(tmp_path: Path) -> None:
 
 def test_v1_in_a_container_that_shows_only_its_own_part(tmp_path: Path) -> None:
     (tmp_path / "cpu").mkdir()
+    where = {"cpu": (tmp_path / "cpu", tmp_path / "cpu")}
     mountinfo = f"31 30 0:31 /docker/abc {tmp_path}/cpu rw - cgroup cgroup rw,cpu,cpuacct"
-    assert host.cgroup_mounts(mountinfo, "1:cpu,cpuacct:/docker/abc") == ({"cpu": tmp_path / "cpu"}, None)
-    assert host.cgroup_mounts(mountinfo, "1:cpu,cpuacct:/elsewhere") == ({"cpu": tmp_path / "cpu"}, None)
+    assert host.cgroup_mounts(mountinfo, "1:cpu,cpuacct:/docker/abc") == (where, None)
+    assert host.cgroup_mounts(mountinfo, "1:cpu,cpuacct:/elsewhere") == (where, None)
 
 
 def test_v2_takes_the_group_whose_children_have_the_most_controllers(tmp_path: Path) -> None:
@@ -95,7 +108,7 @@ def test_no_cgroup_file_system_means_no_limits() -> None:
 def test_limits_on_v1(tmp_path: Path) -> None:
     places = host.cgroup_places(*v1(tmp_path, "cpu", "memory", "pids"))
     groups = host.create_cgroups("house", "m1", LIMITS, places)
-    below = "service/nagaya/house/m1"
+    below = "nagaya/house/m1"
     assert groups == tuple(str(tmp_path / name / below) for name in ("cpu", "memory", "pids"))
     assert (tmp_path / "cpu" / below / "cpu.shares").read_text() == "2048"
     assert (tmp_path / "cpu" / below / "cpu.cfs_quota_us").read_text() == "150000"
