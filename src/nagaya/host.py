@@ -271,8 +271,9 @@ def process_usage(pid: int) -> dict[str, int | float]:
 #
 # Groups are made at the top of the hierarchy (v1; machines outlive the server, and must be found again by one that was
 # started elsewhere), or below the nearest group whose children already have the controllers (v2):
-# <place>/nagaya/<instance>/<machine id>. Who may not write to the top of v1 uses the group it is in. Only groups below that ``nagaya`` are ever written to; the
-# one exception is a group that systemd has delegated to this service (Delegate=yes), which is then its own.
+# <place>/nagaya/<instance>/<machine id>. Who may not write to the top of v1 uses the group it is in. Only groups below
+# that ``nagaya`` are ever written to; the one exception is a group that systemd has delegated to this service
+# (Delegate=yes), which is then its own.
 
 CONTROLLERS: Final = ("cpu", "memory", "pids")
 CGROUP_HEADROOM_MIB: Final = 64
