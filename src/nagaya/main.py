@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import structlog
-import uvloop
 
 from nagaya import host
 from nagaya.api.app import create_app
@@ -73,7 +72,7 @@ async def run_server(paths: Paths, settings: Settings, listen: tuple[str, int] |
     make_directories(paths)
     lock = take_lock(paths)
     try:
-        store = await Store.open(f"sqlite+aiosqlite:///{paths.database}")
+        store = await Store.open(paths.database)
         node = Service(paths, settings)
         plane = Plane(
             store,
@@ -108,12 +107,23 @@ def main(argv: list[str] | None = None) -> int:
     server.add_argument("--listen", help="also answer on HOST:PORT, to clients that have the token")
     arguments = parser.parse_args(argv)
 
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    os.umask(0o077)  # what machines' users may read is said where it is made
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper("iso"),
+            # Plain tracebacks: the default ones print local variables, secrets among them.
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     try:
         paths = Paths.resolve(arguments.data)
         settings = Settings.load(paths)
         listen = parse_listen(arguments.listen) if arguments.listen else None
-        uvloop.run(run_server(paths, settings, listen))
+        asyncio.run(run_server(paths, settings, listen))
     except NagayaError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:

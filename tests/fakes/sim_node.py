@@ -171,7 +171,13 @@ class SimNode:
             disk_free_mib=100_000,
             disk_total_mib=200_000,
             emulators=tuple(
-                Emulator(a, None if a in self.problems else f"/usr/bin/qemu-{a}", "10.0.2", self.problems.get(a))
+                Emulator(
+                    a,
+                    None if a in self.problems else f"/usr/bin/qemu-{a}",
+                    "10.0.2",
+                    self.problems.get(a),
+                    "pc-q35-10.0",
+                )
                 for a in Architecture
             ),
             verdicts=(Verdict(Accelerator.TCG, Architecture.X86_64, True, "booted in 2.0 s", 2.0),),
@@ -182,9 +188,6 @@ class SimNode:
         if demanded not in (None, Accelerator.TCG):
             raise AcceleratorRefused(f"{demanded} does not work here: the trial guest never came up")
         return Accelerator.TCG
-
-    def machine_type(self, architecture: Architecture) -> str:
-        return "pc-q35-10.0"
 
     async def put(self, wanted: Wanted) -> None:
         await self._enter("put")

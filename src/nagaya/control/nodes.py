@@ -40,10 +40,6 @@ class Node(Protocol):
         """
         ...
 
-    def machine_type(self, architecture: Architecture) -> str:
-        """The versioned board that new machines of this architecture are pinned to."""
-        ...
-
     async def put(self, wanted: Wanted) -> None:
         """Take over what is wanted and return at once; the outcome is seen in observe()."""
         ...

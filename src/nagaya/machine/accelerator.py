@@ -52,7 +52,13 @@ _CONSOLES: Final = {
     Architecture.S390X: "ttysclp0",
 }
 
-_PPC: Final = Architecture.PPC64LE  # its board has a slow firmware and a fast one
+# The newest of each kind that the QEMU at hand has; pseries has a slow firmware and a fast one.
+_BOARDS: Final = {
+    Architecture.X86_64: "q35",
+    Architecture.AARCH64: "virt",
+    Architecture.PPC64LE: "pseries,x-vof=on",
+    Architecture.S390X: "s390-ccw-virtio",
+}
 
 TrialImage = Callable[[Architecture], tuple[Image, Path]]
 """The tiny image and its directory. Raises NotFound or ImageUnusable."""
@@ -144,7 +150,7 @@ def _argv(accelerator: Accelerator, emulator: str, image: Image, directory: Path
     return [
         emulator,
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-machine", machine_type(image.architecture) + (",x-vof=on" if image.architecture is _PPC else ""),
+        "-machine", _BOARDS[image.architecture],
         "-accel", accelerator.value,
         *cpu,
         "-m", str(TRIAL_MEMORY_MIB),
@@ -252,7 +258,8 @@ class Accelerators:
                 f"{name} is version {version or 'unknown'} and 9.1 is the least; install a newer one (on Debian 12: "
                 f"apt install -t bookworm-backports {emulator_package(architecture)})"
             )
-        return Emulator(architecture, path, version, problem)
+        board = machine_type(architecture, version) if problem is None else ""
+        return Emulator(architecture, path, version, problem, board)
 
     async def require(self, architecture: Architecture) -> str:
         """The path of a usable emulator. Raises EmulatorMissing with the command that installs it."""

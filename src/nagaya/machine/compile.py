@@ -30,6 +30,8 @@ DISK_FD: Final = 18
 HELPER_FD: Final = 3
 """The helper's end of the pair that NETWORK_FD is the other end of."""
 
+NEWEST_BOARD: Final = (10, 0)
+"""The boards' version that the command lines here were tried with."""
 HOTPLUG_PORTS: Final = 4
 """Spare PCIe root ports, so that devices can be added to a running machine."""
 SMALL_GUEST_MIB: Final = 1024
@@ -89,27 +91,29 @@ class _Board:
 
 _BOARDS: Final = {
     Architecture.X86_64: _Board(
-        "pc-q35-10.0", "usb=off,sata=off,smbus=off,vmport=off", "qemu-system-x86_64", "qemu-system-x86",
+        "pc-q35", "usb=off,sata=off,smbus=off,vmport=off", "qemu-system-x86_64", "qemu-system-x86",
         "ttyS0", "pcie", "max", "pvpanic-pci",
     ),
     Architecture.AARCH64: _Board(
-        "virt-10.0", "usb=off,gic-version=max", "qemu-system-aarch64", "qemu-system-arm",
+        "virt", "usb=off,gic-version=max", "qemu-system-aarch64", "qemu-system-arm",
         "ttyAMA0", "pcie", "max,pauth-impdef=on", "pvpanic-pci",
     ),
     # x-vof: QEMU's built-in Open Firmware instead of SLOF, which takes 6 s longer to start a kernel under TCG.
     Architecture.PPC64LE: _Board(
-        "pseries-10.0", "usb=off,x-vof=on", "qemu-system-ppc64", "qemu-system-ppc", "hvc0", "pci", "max", None,
+        "pseries", "usb=off,x-vof=on", "qemu-system-ppc64", "qemu-system-ppc", "hvc0", "pci", "max", None,
         tcg_options="cap-cfpc=broken,cap-ibs=broken,cap-ccf-assist=off",
     ),
     Architecture.S390X: _Board(
-        "s390-ccw-virtio-10.0", "", "qemu-system-s390x", "qemu-system-s390x", "ttysclp0", "ccw", "max", None
+        "s390-ccw-virtio", "", "qemu-system-s390x", "qemu-system-s390x", "ttysclp0", "ccw", "max", None
     ),
 }  # fmt: skip
 
 
-def machine_type(architecture: Architecture) -> str:
-    """QEMU's versioned board that new machines are pinned to."""
-    return _BOARDS[architecture].machine
+def machine_type(architecture: Architecture, qemu: str = "10.0") -> str:
+    """The versioned board that new machines are pinned to: this QEMU's own, and never a newer one than we know."""
+    major, minor = (int(part) for part in qemu.split(".")[:2])
+    version = min((major, minor), NEWEST_BOARD)
+    return f"{_BOARDS[architecture].machine}-{version[0]}.{version[1]}"
 
 
 def emulator_name(architecture: Architecture) -> str:

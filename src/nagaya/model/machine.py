@@ -22,21 +22,24 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Final, assert_never
 
-NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-"""Machine names are DNS labels (RFC 1123), since they become host names."""
-
-MIN_MEMORY_MIB: Final = 96  # a tiny guest boots with 96 MiB and not with 80
-MAX_MEMORY_MIB: Final = 16 * 1024 * 1024
-MAX_CPUS: Final = 288  # what q35 supports with an emulated IOMMU-less APIC setup
-DEFAULT_MEMORY_MIB: Final = 256
-STOP_DEADLINE_S: Final = 30.0
-
 
 class Architecture(StrEnum):
     X86_64 = "x86_64"
     AARCH64 = "aarch64"
     PPC64LE = "ppc64le"
     S390X = "s390x"
+
+
+NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+"""Machine names are DNS labels (RFC 1123), since they become host names."""
+
+MIN_MEMORY_MIB: Final = 96  # a tiny guest boots with 96 MiB and not with 80
+MEMORY_STEP_MIB: Final = {Architecture.PPC64LE: 256}
+"""pseries gives memory out in blocks; the other boards take any number of MiB."""
+MAX_MEMORY_MIB: Final = 16 * 1024 * 1024
+MAX_CPUS: Final = 288  # what q35 supports with an emulated IOMMU-less APIC setup
+DEFAULT_MEMORY_MIB: Final = 256
+STOP_DEADLINE_S: Final = 30.0
 
 
 class Accelerator(StrEnum):

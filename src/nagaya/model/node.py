@@ -33,6 +33,8 @@ class Emulator:
     version: str | None
     problem: str | None = None
     """Why it cannot be used (missing, too old), with the command that mends it; None when it can."""
+    machine_type: str = ""
+    """The versioned board that new machines are pinned to (``pc-q35-10.0``), so that an upgrade changes no guest."""
 
 
 @dataclass(frozen=True, slots=True)

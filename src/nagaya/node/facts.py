@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import socket
 from pathlib import Path
 
+from nagaya.errors import StartupError
+from nagaya.machine.accelerator import host_architecture, processor
 from nagaya.model.machine import Architecture
 from nagaya.model.node import Emulator, NodeFacts, Verdict
-
-_MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "ppc64el": "ppc64le"}
-
-
-def host_architecture() -> Architecture:
-    """The architecture whose guests hardware can run here."""
-    machine = platform.machine().lower()
-    return Architecture(_MACHINES.get(machine, machine))
-
-
-@functools.cache
-def processor() -> str:
-    """The processor's name, as people know it."""
-    for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-        if line.startswith(("model name", "Hardware", "cpu\t", "vendor_id")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def memory_mib() -> tuple[int, int]:
@@ -42,13 +26,24 @@ def node_name() -> str:
     return socket.gethostname().partition(".")[0].lower() or "localhost"
 
 
+def own_architecture() -> Architecture:
+    """The architecture whose guests hardware can run here. Raises StartupError on a host of another kind."""
+    found = host_architecture()
+    if found is None:
+        raise StartupError(
+            f"This is a {platform.machine()} host, and Nagaya runs on {', '.join(Architecture)}",
+            hint="Use a host of one of these kinds",
+        )
+    return found
+
+
 def collect(data: Path, emulators: tuple[Emulator, ...], verdicts: tuple[Verdict, ...], cgroup: str) -> NodeFacts:
     """Everything an admission needs, in well under a millisecond."""
     total, available = memory_mib()
     disk = os.statvfs(data)
     return NodeFacts(
         name=node_name(),
-        architecture=host_architecture(),
+        architecture=own_architecture(),
         kernel=platform.release(),
         processor=processor(),
         cpus=len(os.sched_getaffinity(0)),

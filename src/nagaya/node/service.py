@@ -23,8 +23,9 @@ import structlog
 from nagaya import host
 from nagaya.errors import NotFound
 from nagaya.host import Paths
-from nagaya.machine import compile as compiler
 from nagaya.machine.accelerator import Accelerators
+from nagaya.machine.compile import Launch
+from nagaya.machine.compile import compile as compile_plan
 from nagaya.machine.console import Viewer
 from nagaya.machine.driver import Driver, Facts, Prepared
 from nagaya.machine.process import Confinement, landlock_abi
@@ -61,7 +62,7 @@ class Service:
         self._images = ImageStore(paths.images)
         self._accelerators = Accelerators(
             paths.data / "accelerators.json",
-            facts.host_architecture(),
+            facts.own_architecture(),
             silence_s=settings.trial.silence_s,
             deadline_s=settings.trial.deadline_s,
         )
@@ -125,16 +126,13 @@ class Service:
     async def choose_accelerator(self, architecture: Architecture, demanded: Accelerator | None) -> Accelerator:
         return (await self._accelerators.choose(architecture, demanded, self._trial_image)).accelerator
 
-    def machine_type(self, architecture: Architecture) -> str:
-        return compiler.machine_type(architecture)
-
     def _trial_image(self, architecture: Architecture) -> tuple[Image, Path]:
         return self._images.get("tiny", architecture)
 
     # --- machines
 
     async def put(self, wanted: Wanted) -> None:
-        self._driver(wanted.id).put(wanted)
+        self._known(wanted.id).put(wanted)
 
     async def observe(self) -> AsyncIterator[Report]:
         queue: asyncio.Queue[Report] = asyncio.Queue()
@@ -190,7 +188,7 @@ class Service:
             network = Network("none", "the machine was made without a network")
         else:
             network = await self._find_network()
-        launch = compiler.Launch(
+        launch = Launch(
             machine_id=machine_id,
             emulator=emulator,
             accelerator=verdict.accelerator,
@@ -207,7 +205,7 @@ class Service:
             memory_mib=budget,
         )
         return Prepared(
-            plan=compiler.compile(spec, launch),
+            plan=compile_plan(spec, launch),
             confinement=Confinement(uid=uid, gid=uid, cgroups=host.create_cgroups(self._instance, machine_id, limits)),
             facts=Facts(
                 accelerator=verdict.accelerator,
@@ -226,17 +224,17 @@ class Service:
         return self._network
 
     async def remove(self, machine_id: str) -> None:
-        driver = self._driver(machine_id)
-        await driver.remove()
-        self._drivers.pop(machine_id, None)
+        data, runtime = self._paths.machines / machine_id, self._paths.machines_runtime / machine_id
+        if data.is_dir() or runtime.is_dir():
+            await self._driver(machine_id).remove()
+            self._drivers.pop(machine_id, None)
         host.remove_cgroups(self._instance, machine_id)
-        data = self._paths.machines / machine_id
         record = data / "identity.json"
         if self._identities is not None and record.exists():
             self._identities.release(data, msgspec.json.decode(record.read_bytes())["uid"])
-        for directory in (self._paths.machines_runtime / machine_id, data):
+        for directory in (runtime, data):
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(directory)
+                await asyncio.to_thread(shutil.rmtree, directory)
         self._publish(Gone(machine_id))
 
     def _known(self, machine_id: str) -> Driver:

@@ -41,6 +41,7 @@ from nagaya.errors import (
 )
 from nagaya.model.machine import (
     DEFAULT_MEMORY_MIB,
+    MEMORY_STEP_MIB,
     Accelerator,
     Architecture,
     Desired,
@@ -50,7 +51,7 @@ from nagaya.model.machine import (
     StopMode,
     with_changes,
 )
-from nagaya.model.node import Claim, Denied, NodeFacts, Verdict, admit, memory_budget_mib
+from nagaya.model.node import Claim, Denied, Emulator, NodeFacts, Verdict, admit, memory_budget_mib
 
 AT_REST: Final = ("stopped", "crashed", "suspended")
 WAITS: Final = ("ready", "running", "stopped", "deleted")
@@ -70,7 +71,9 @@ async def create(plane: Plane, caller: Caller, body: wire.MachineCreate) -> wire
     node = plane.node
     facts = await node.facts()
     architecture = Architecture(body.architecture or facts.architecture)
-    _require_emulator(facts, architecture)
+    emulator = _require_emulator(facts, architecture)
+    if body.memory_mib is not None:
+        _require_memory_step(architecture, body.memory_mib)
     built = await _require_image(plane, body.image, architecture)
     demanded = Accelerator(body.accelerator) if body.accelerator else None
     if demanded is not None:
@@ -81,7 +84,7 @@ async def create(plane: Plane, caller: Caller, body: wire.MachineCreate) -> wire
             name=await _free_name(tx, body.name),
             image=body.image,
             architecture=architecture,
-            machine_type=node.machine_type(architecture),
+            machine_type=emulator.machine_type,
             mac=mac_address(machine_id),
             cpus=body.cpus,
             memory_mib=body.memory_mib or DEFAULT_MEMORY_MIB,
@@ -149,6 +152,7 @@ async def patch(
             cpus=None if changes.cpus is UNSET else changes.cpus,
             memory_mib=None if changes.memory_mib is UNSET else changes.memory_mib,
         )
+        _require_memory_step(spec.architecture, spec.memory_mib)
         if changes.restart is not UNSET:
             spec = dataclasses.replace(spec, restart=RestartPolicy(changes.restart))
         claim_mib = await _admit(plane, tx, spec, facts, row, alone=not row["holds"])
@@ -622,15 +626,27 @@ def _likely(spec: MachineSpec, facts: NodeFacts) -> Accelerator | None:
     return hardware[0] if hardware and not spec.accelerator_fallback else None
 
 
-def _require_emulator(facts: NodeFacts, architecture: Architecture) -> None:
-    for emulator in facts.emulators:
-        if emulator.architecture is architecture and emulator.problem is not None:
-            raise EmulatorMissing(
-                f"{facts.name} cannot run {architecture.value} machines: {emulator.problem}",
-                hint="Install it, and ask again",
-                command=f"script/up --with-architectures {architecture.value}",
-                details={"architecture": architecture.value, "version": emulator.version},
-            )
+def _require_emulator(facts: NodeFacts, architecture: Architecture) -> Emulator:
+    emulator = next(one for one in facts.emulators if one.architecture is architecture)
+    if emulator.problem is not None:
+        raise EmulatorMissing(
+            f"{facts.name} cannot run {architecture.value} machines: {emulator.problem}",
+            hint="Install it, and ask again",
+            command=f"script/up --with-architectures {architecture.value}",
+            details={"architecture": architecture.value, "version": emulator.version},
+        )
+    return emulator
+
+
+def _require_memory_step(architecture: Architecture, memory_mib: int) -> None:
+    step = MEMORY_STEP_MIB.get(architecture, 1)
+    if memory_mib % step:
+        up = (memory_mib // step + 1) * step
+        raise InvalidInput(
+            f"Memory of {architecture.value} machines comes in steps of {step} MiB, and {memory_mib} MiB is none",
+            hint=f"Give it {up} MiB: --memory {up}M",
+            details={"wanted_mib": memory_mib, "step_mib": step},
+        )
 
 
 async def _require_image(plane: Plane, name: str, architecture: Architecture) -> bool:
