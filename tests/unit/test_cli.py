@@ -197,7 +197,10 @@ def test_stop_says_which_way_each_went_and_goes_on_after_a_failure(
         server.on(f"GET /machines/{name}", machine(name, "stopped", state_detail={"why": why}))
     assert run("stop", "a", "nowhere", "b", "--timeout", "7") == 4
     captured = capsys.readouterr()
-    assert captured.out == "a is stopped: the guest shut down when asked\nb is stopped: its power was cut\n"
+    assert (
+        captured.out
+        == "a is stopped: the guest shut down when asked (ACPI)\nb is stopped: its power was cut (power-off)\n"
+    )
     assert "There is no stop" in captured.err
     assert server.asked[0].body == {"force": False, "deadline_s": 7.0}
     assert server.lines()[:3] == ["POST /machines/a/stop", "POST /machines/nowhere/stop", "POST /machines/b/stop"]

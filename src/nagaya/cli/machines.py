@@ -375,8 +375,9 @@ def stopped_line(seen: Mapping[str, Any]) -> str:
     """Which way a machine went."""
     why = str(seen["state_detail"].get("why") or "")
     said = {
-        "requested (acpi)": "the guest shut down when asked",
-        "requested (power-off)": "its power was cut",
+        "requested (acpi)": "the guest shut down when asked (ACPI)",
+        "requested (agent)": "the guest shut down when asked (guest agent)",
+        "requested (power-off)": "its power was cut (power-off)",
         "guest shut down": "the guest shut down by itself",
     }.get(why, why)
     return f"{seen['name']} is {seen['state']}" + (f": {said}" if said else "")

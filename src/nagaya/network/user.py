@@ -96,19 +96,15 @@ def _beyond(server: str) -> bool:
 async def probe(uids: range | None) -> Network:
     """What machines with these user ids get here, tried out; ``uids`` is None when Nagaya is not root.
 
-    Puts up the nftables table that outbound networking needs. Call it again when that table may be gone.
+    Puts up the nftables table that outbound networking needs, see :func:`guard`.
     """
     if uids is None:
         return _isolated("only root can keep passt off the host's own services")
-    program, nft = shutil.which("passt"), shutil.which("nft") or shutil.which("nft", path="/usr/sbin:/sbin")
+    program = shutil.which("passt")
     if program is None:
         return _isolated("passt is not installed")
-    if nft is None:
-        return _isolated("nft is not installed, and only nftables keeps passt off the host's own services")
-    try:
-        await host.run([nft, "-f", "-"], stdin=ruleset(uids).encode(), timeout_s=10)
-    except (CommandFailed, TimeoutError) as error:
-        return _isolated(f"nftables cannot keep passt off the host's own services: {error}")
+    if (problem := await guard(uids)) is not None:
+        return _isolated(problem)
     texts = [path.read_text(errors="replace") for path in _RESOLVERS if path.exists()]
     argv = passt_argv(program, await _usage(program), nameservers(*texts))
     problem = await _trial(argv, uids.stop - 1)
@@ -117,9 +113,28 @@ async def probe(uids: range | None) -> Network:
     return Network("passt", "outbound through passt; the host itself is closed by nftables", argv)
 
 
+async def guard(uids: range) -> str | None:
+    """Put up the table that keeps these user ids off the host itself; None when it stands, else why not.
+
+    To be called before every launch with passt, as others may have flushed the host's rules since.
+    """
+    nft = _nft()
+    if nft is None:
+        return "nft is not installed, and only nftables keeps passt off the host's own services"
+    try:
+        await host.run([nft, "-f", "-"], stdin=ruleset(uids).encode(), timeout_s=10)
+    except (CommandFailed, TimeoutError) as error:
+        return f"nftables cannot keep passt off the host's own services: {error}"
+    return None
+
+
 async def remove(uids: range) -> None:
     """Take Nagaya's table away. Raises CommandFailed when it is not there."""
-    await host.run(["nft", "delete", "table", "inet", table_name(uids)], timeout_s=10)
+    await host.run([_nft() or "nft", "delete", "table", "inet", table_name(uids)], timeout_s=10)
+
+
+def _nft() -> str | None:
+    return shutil.which("nft") or shutil.which("nft", path="/usr/sbin:/sbin")
 
 
 def _isolated(why: str) -> Network:

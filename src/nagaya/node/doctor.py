@@ -102,10 +102,12 @@ def _isolation(facts: NodeFacts, strength: Strength) -> Iterator[Finding]:
             "identity",
             "warning",
             "all machines run under your own user id, since Nagaya does not run as root",
-            "Landlock keeps them apart" if strength.landlock_abi else "Run Nagaya as root to give each its own",
+            "Landlock keeps their files and processes apart, but not their monitor sockets; as root each has its own id"
+            if strength.landlock_abi
+            else "Run Nagaya as root to give each its own",
         )
     if strength.landlock_abi:
-        yield Finding("landlock", "ok", f"ABI {strength.landlock_abi}: a machine reaches only its own files")
+        yield Finding("landlock", "ok", f"ABI {strength.landlock_abi}: a machine's emulator opens only its own files")
     else:
         yield Finding(
             "landlock",

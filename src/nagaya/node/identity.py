@@ -43,6 +43,10 @@ class Identities:
             hint="Widen jail.uid_count in the configuration, or delete machines",
         )
 
+    def in_use(self) -> bool:
+        """Whether any machine of this host, of whatever installation, has an id of the range."""
+        return any(self.base <= int(entry) < self.base + self.count for entry in os.listdir(self.claims))
+
     def release(self, directory: Path, uid: int) -> None:
         """Give an id back; a claim of somebody else's is left alone."""
         claim = self.claims / str(uid)

@@ -70,7 +70,7 @@ class Service:
         self._drivers: dict[str, Driver] = {}
         self._watchers: list[asyncio.Queue[Report]] = []
         self._uids = range(settings.jail.uid_base, settings.jail.uid_base + settings.jail.uid_count)
-        self._network: Network | None = None
+        self._probing: asyncio.Task[Network] | None = None
 
     # --- life
 
@@ -84,11 +84,16 @@ class Service:
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(mode)
         self._instance = hashlib.sha256(os.fsencode(self._paths.data.resolve())).hexdigest()[:12]
+        # Tried once, beside the rest: the first launch need not wait for it.
+        self._probing = asyncio.create_task(user_network.probe(self._uids if self._identities else None))
         known = [entry.name for entry in os.scandir(self._paths.machines_runtime) if entry.is_dir()]
         await asyncio.gather(*(self._driver(machine_id).known() for machine_id in known))
 
     async def stop(self) -> None:
         """Let go of the machines; they run on."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.wait({self._probing})
         await asyncio.gather(*(driver.close() for driver in self._drivers.values()))
 
     def _driver(self, machine_id: str) -> Driver:
@@ -218,10 +223,15 @@ class Service:
             ),
         )
 
+    async def _tried_network(self) -> Network:
+        assert self._probing is not None, "the service has not started"
+        return await asyncio.shield(self._probing)
+
     async def _find_network(self) -> Network:
-        if self._network is None:
-            self._network = await user_network.probe(self._uids if self._identities else None)
-        return self._network
+        network = await self._tried_network()
+        if network.mode == "passt" and (problem := await user_network.guard(self._uids)) is not None:
+            return Network("isolated", f"no outbound network: {problem}")
+        return network
 
     async def remove(self, machine_id: str) -> None:
         data, runtime = self._paths.machines / machine_id, self._paths.machines_runtime / machine_id
@@ -232,6 +242,9 @@ class Service:
         record = data / "identity.json"
         if self._identities is not None and record.exists():
             self._identities.release(data, msgspec.json.decode(record.read_bytes())["uid"])
+            if not self._identities.in_use() and (await self._tried_network()).mode == "passt":
+                # The last machine of this host is gone; the next launch puts the table up again.
+                await user_network.remove(self._uids)
         for directory in (runtime, data):
             with contextlib.suppress(FileNotFoundError):
                 await asyncio.to_thread(shutil.rmtree, directory)
