@@ -110,7 +110,8 @@ def test_set_takes_effect_at_the_next_start(live: Live) -> None:
 
 
 def test_a_deaf_guest_is_powered_off_after_the_deadline(live: Live) -> None:
-    live.ok("exec", "polite", "--", "sh", "-c", "killall acpid; killall qemu-ga; true")
+    live.ok("exec", "polite", "--", "sh", "-c", "(sleep 0.3; killall acpid qemu-ga) >/dev/null 2>&1 &")
+    eventually(lambda: live.cli("exec", "polite", "--", "true").code != 0, "the guest is deaf")
     answer = live.ok("stop", "polite", "--timeout", "2")
     assert "power-off" in (answer.out + answer.err).lower()
     assert "power-off" in live.machine("polite")["state_detail"]["why"]
@@ -183,7 +184,7 @@ def test_memory_beyond_the_host_is_refused_with_figures(live: Live) -> None:
 
 def test_refusals_say_what_to_do(live: Live, web: str) -> None:
     for args, code, words in (
-        (("run", "tiny", web), 1, ("web", "taken")),
+        (("run", "tiny", web), 1, ("web", "already")),
         (("run", "nosuch"), 4, ("nosuch", "tiny")),
         (("run", "tiny", "Bad_Name"), 2, ("Bad_Name",)),
         (("run", "tiny", "x", "--memory", "12Q"), 2, ("12Q",)),
