@@ -6,6 +6,7 @@ with descriptors of the same kinds at the same numbers, in a directory of its ow
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +32,8 @@ _HIGH = 200
 class CommandLine:
     argv: tuple[str, ...]
     kinds: dict[int, str]
-    """What stands at each descriptor the line names: ``listener``, ``stream`` or ``file``."""
+    """What stands at each descriptor the line names: ``listener``, ``stream``, ``log``, or the path of a file that is
+    only read (a kernel)."""
 
     @classmethod
     def of(cls, pid: int) -> CommandLine:
@@ -43,13 +45,19 @@ class CommandLine:
             # Flag __SO_ACCEPTCON: the socket listens (net/unix/af_unix.c).
             if int(fields[3], 16) & 0x10000:
                 listening.add(fields[6])
-        numbers = {int(number) for word in argv for number in re.findall(r"(?:^|[,.:=\"{ ])fd=(\d+)", word)}
-        numbers |= {int(number) for word in argv for number in re.findall(r'"(?:fd|str)":\s*"(\d+)"', word)}
-        kinds = {}
-        for number in numbers:
+        # A descriptor of a set is duplicated and closed by QEMU, so that its number says nothing any more; the only
+        # set a machine without a disk has is its serial log.
+        kinds = {
+            int(found[1]): "log"
+            for option, value in pairwise(argv)
+            if option == "-add-fd" and (found := re.search(r"fd=(\d+)", value))
+        }
+        named = r"(?:^|,)fd=(\d+)|\"(?:fd|str)\":\s*\"(\d+)\"|/proc/self/fd/(\d+)"
+        numbers = {int("".join(groups)) for word in argv for groups in re.findall(named, word)}
+        for number in numbers - kinds.keys():
             target = os.readlink(f"/proc/{pid}/fd/{number}")
             inode = re.fullmatch(r"socket:\[(\d+)\]", target)
-            kinds[number] = "file" if inode is None else "listener" if inode[1] in listening else "stream"
+            kinds[number] = target if inode is None else "listener" if inode[1] in listening else "stream"
         return cls(tuple(argv), kinds)
 
     @property
@@ -84,8 +92,8 @@ class Bare:
         for number, kind in self._line.kinds.items():
             opened[number] = self._high(self._open(number, kind))
 
-        began = time.perf_counter()
-        with (self._directory / "qemu.log").open("wb") as log:
+        with (self._directory / "qemu.log").open("wb") as log, _occupied(opened):
+            self._began = time.perf_counter()
             self._process = subprocess.Popen(
                 self._line.argv,
                 cwd=self._directory,
@@ -98,13 +106,12 @@ class Bare:
             )
         for descriptor in opened.values():
             os.close(descriptor)
-        self._began = began
         try:
             self._monitor()
+            self.monitor_ms = (time.perf_counter() - self._began) * 1000
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self.monitor_ms = (time.perf_counter() - began) * 1000
         return self
 
     def __exit__(
@@ -118,7 +125,7 @@ class Bare:
 
     def ready_ms(self) -> float:
         """From the start until the guest's ready line stood in its log."""
-        logs = [self._directory / f"{number}.log" for number, kind in self._line.kinds.items() if kind == "file"]
+        logs = [self._directory / f"{number}.log" for number, kind in self._line.kinds.items() if kind == "log"]
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline:
             if any(self._ready_line in log.read_bytes() for log in logs):
@@ -129,9 +136,11 @@ class Bare:
         raise SystemExit(f"bare QEMU was not ready: {self._said()}")
 
     def _open(self, number: int, kind: str) -> int:
-        if kind == "file":
-            # O_RDWR serves a set that is written and one that is read.
-            return os.open(self._directory / f"{number}.log", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        if kind.startswith("/"):
+            return os.open(kind, os.O_RDONLY)
+        if kind == "log":
+            # QEMU takes from a set only a descriptor with exactly the flags it asks for.
+            return os.open(self._directory / f"{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         if kind == "listener":
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(str(self._directory / f"{number}.sock"))
@@ -153,8 +162,13 @@ class Bare:
             connection.settimeout(30)
             connection.connect(str(self._directory / f"{self._line.monitor_fd}.sock"))
             lines = connection.makefile("rwb")
-            if not lines.readline():
-                raise SystemExit(f"bare QEMU ended: {self._said()}")
+            try:
+                greeting = lines.readline()
+            except ConnectionResetError:
+                greeting = b""
+            if not greeting:
+                self._process.wait(timeout=10)
+                raise SystemExit(f"bare QEMU ended with {self._process.returncode}: {self._said()}")
             for command in ("qmp_capabilities", "query-status", "cont", "query-status"):
                 lines.write(json.dumps({"execute": command}).encode() + b"\n")
                 lines.flush()
@@ -167,6 +181,24 @@ class Bare:
 
     def _said(self) -> str:
         return (self._directory / "qemu.log").read_text(errors="replace")[-2000:]
+
+
+@contextlib.contextmanager
+def _occupied(numbers: Iterable[int]) -> Iterator[None]:
+    """Keep these numbers from being free, lest subprocess puts its own pipe where the child places a descriptor."""
+    placeholders = []
+    with open(os.devnull, "rb") as nothing:
+        for number in numbers:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(nothing.fileno(), number, inheritable=False)
+                placeholders.append(number)
+        try:
+            yield
+        finally:
+            for number in placeholders:
+                os.close(number)
 
 
 def _placing(opened: dict[int, int]) -> Callable[[], None]:

@@ -47,10 +47,9 @@ class Server:
         if error is not None and self.paths.server_log.exists():
             sys.stderr.write(f"the server's log ends with:\n{self.paths.server_log.read_text()[-4000:]}\n")
         with contextlib.suppress(ServerUnreachable):
-            names = [machine["name"] for machine in self.client.pages("/machines", state="running", limit=1000)]
-            names += [machine["name"] for machine in self.client.pages("/machines", state="starting", limit=1000)]
-            for name in names:
-                self.delete(name)
+            for machine in list(self.client.pages("/machines", limit=1000)):
+                if machine["state"] not in ("stopped", "crashed"):
+                    self.delete(machine["name"])
             self.down()
         shutil.rmtree(self.data)
 
