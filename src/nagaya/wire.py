@@ -14,8 +14,8 @@ from msgspec import UNSET, Meta, UnsetType
 
 from nagaya.model.machine import MAX_CPUS, MAX_MEMORY_MIB, MIN_MEMORY_MIB, NAME_PATTERN
 
-Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="A DNS label: a-z, 0-9 and '-', at most 63.")]
-ImageName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="An image's name.")]
+Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="a DNS label: a-z, 0-9 and '-', at most 63.")]
+ImageName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="an image's name.")]
 Cpus = Annotated[int, Meta(ge=1, le=MAX_CPUS)]
 MemoryMib = Annotated[int, Meta(ge=MIN_MEMORY_MIB, le=MAX_MEMORY_MIB, description="Guest memory in MiB.")]
 DiskMib = Annotated[int, Meta(ge=1, le=64 * 1024 * 1024, description="Size of the data disk in MiB.")]

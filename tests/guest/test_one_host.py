@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def test_set_takes_effect_at_the_next_start(live: Live) -> None:
 
 
 def test_a_deaf_guest_is_powered_off_after_the_deadline(live: Live) -> None:
-    live.ok("exec", "polite", "--", "sh", "-c", "(sleep 0.3; killall acpid qemu-ga) >/dev/null 2>&1 &")
+    live.ok("exec", "polite", "--", "sh", "-c", "(sleep 0.3; killall -STOP acpid qemu-ga) >/dev/null 2>&1 &")
     eventually(lambda: live.cli("exec", "polite", "--", "true").code != 0, "the guest is deaf")
     answer = live.ok("stop", "polite", "--timeout", "2")
     assert "power-off" in (answer.out + answer.err).lower()
@@ -243,6 +244,23 @@ def test_a_machine_that_died_unseen_is_known_afterwards(live: Live) -> None:
     assert isinstance(machine["state_detail"], dict)
     assert machine["state_detail"]["signal"] == 9
     live.ok("delete", "ghost")
+
+
+def test_after_the_host_was_restarted_machines_can_be_started_again(live: Live) -> None:
+    live.ok("run", "tiny", "early", "--disk", "32M", "--wait")
+    machine = live.machine("early")
+    live.kill()
+    os.kill(machine["pid"], signal.SIGKILL)
+    eventually(lambda: machine["pid"] not in live.emulators(), "it has ended")
+    # What a restart of the host leaves: nothing in the runtime directory, and another boot id.
+    shutil.rmtree(live.data / "run/machines" / machine["id"])
+    record = live.data / "machines" / machine["id"] / "launched.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "boot_id": "before"}))
+    live.start()
+    crashed = crashed_within(live, "early", time.monotonic())
+    assert "host" in json.dumps(crashed["state_detail"])
+    live.ok("start", "early", "--wait")
+    live.ok("delete", "early", "--force")
 
 
 def test_a_second_server_on_the_same_data_is_refused(live: Live) -> None:

@@ -26,7 +26,7 @@ async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Api]:
         ({}, "The field 'image' is missing"),
         ({"image": "tiny", "cpus": "two"}, "cpus: expected int"),
         ({"image": "tiny", "cpus": 0}, "cpus: expected int >= 1"),
-        ({"image": "tiny", "name": "Web_1"}, "'name' takes A DNS label"),
+        ({"image": "tiny", "name": "Web_1"}, "'name' takes a DNS label"),
         ({"image": "tiny", "architecture": "vax"}, "'architecture' takes one of x86_64, aarch64, ppc64le, s390x"),
         ([], "expected object, got array"),
     ],

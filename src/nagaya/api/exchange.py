@@ -9,6 +9,7 @@ hold no validation, no error handling and no JSON.
 import base64
 import difflib
 import hashlib
+import json
 import re
 import types
 import typing
@@ -84,7 +85,7 @@ class Decoded(Generic[T]):
         try:
             return self._decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise explain(self.struct, error) from error
+            raise explain(self.struct, error, content) from error
 
     def _decode(self, content: bytes) -> Any:
         try:
@@ -102,7 +103,7 @@ def _whole(value: Any) -> Any:
     return {key: _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def explain(struct: type[wire.Body], error: Exception) -> InvalidInput:
+def explain(struct: type[wire.Body], error: Exception, content: bytes) -> InvalidInput:
     """What is wrong with a body, for the person who wrote it: the field, and what it takes."""
     text, _, at = str(error).partition(" - at `$")
     field = at.strip("`.")
@@ -120,11 +121,28 @@ def explain(struct: type[wire.Body], error: Exception) -> InvalidInput:
         return InvalidInput(f"The field '{missing[1]}' is missing", details={"field": missing[1]})
     expected = _expected(struct, re.split(r"[.\[]", field)[0])
     text = text.replace("`", "")
+    said = f"{text[:1].lower()}{text[1:]}"
+    given = _given(content, field)
+    if given is None:
+        message = f"{field}: {said}" if field else text
+    elif expected and "matching regex" in said:
+        # The hint says in words what the pattern says.
+        message = f"{given} cannot be the {field}"
+    else:
+        message = f"{given} cannot be the {field}: {said}"
     return InvalidInput(
-        f"{field}: {text[:1].lower()}{text[1:]}" if field else text,
+        message,
         hint=expected and f"'{field}' takes {expected}",
         details={"field": field or None, "error": text, "expected": expected},
     )
+
+
+def _given(content: bytes, field: str) -> str | None:
+    """The value of a field of a body, short enough to be repeated; None for one inside another, or a longer one."""
+    body = msgspec.json.decode(content)
+    value = body.get(field) if isinstance(body, dict) else None
+    shown = json.dumps(value, ensure_ascii=True)
+    return shown if isinstance(value, str | int | float) and len(shown) <= 80 else None
 
 
 def _expected(struct: type[wire.Body], field: str) -> str | None:

@@ -96,6 +96,9 @@ def attach(connection: ClientConnection, name: str, key: bytes, key_name: str, l
         sys.stderr.write(f"Console of {name}; {key_name} leaves it.\n")
         sys.stderr.flush()
     wake, waker = os.pipe()
+    # A signal that comes just before select() blocks, or to another thread, would wait for the next key: it wakes too.
+    os.set_blocking(waker, False)
+    former = signal.set_wakeup_fd(waker)
     ended: list[Ended] = []
     heard = [time.monotonic()]
 
@@ -118,6 +121,7 @@ def attach(connection: ClientConnection, name: str, key: bytes, key_name: str, l
             receiver.start()
             left = _send(connection, descriptor, wake, key if interactive else None, linger_s, heard)
     finally:
+        signal.set_wakeup_fd(former)
         connection.close()
         # It may hang on an output that nobody reads (a terminal held with Ctrl-S); leaving must work all the same.
         receiver.join(2.0)

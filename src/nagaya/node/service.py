@@ -137,7 +137,11 @@ class Service:
     # --- machines
 
     async def put(self, wanted: Wanted) -> None:
-        self._known(wanted.id).put(wanted)
+        if not (self._paths.machines / wanted.id).is_dir():
+            # Removed meanwhile, or lost: the control plane knows which.
+            self._publish(Gone(wanted.id))
+            return
+        self._driver(wanted.id).put(wanted)
 
     async def observe(self) -> AsyncIterator[Report]:
         queue: asyncio.Queue[Report] = asyncio.Queue()
@@ -154,17 +158,20 @@ class Service:
 
     async def provision(self, machine_id: str, spec: MachineSpec) -> None:
         data = self._paths.machines / machine_id
-        runtime = self._paths.machines_runtime / machine_id
         data.mkdir(exist_ok=True)
-        runtime.mkdir(exist_ok=True)
-        runtime.chmod(0o711)
+        self._make_runtime(machine_id)
         uid = self._claim(data)
         if uid is not None:
             os.chown(data, 0, uid)
         data.chmod(0o710)
-        disk = data / "disk.qcow2"
         if spec.disk_mib is not None:
-            await qemuimg.create_disk(disk, spec.disk_mib, uid=uid, gid=uid)
+            await qemuimg.create_disk(data / "disk.qcow2", spec.disk_mib, uid=uid, gid=uid)
+
+    def _make_runtime(self, machine_id: str) -> None:
+        """Also before a launch: the runtime directories of all machines are gone when the host was restarted."""
+        runtime = self._paths.machines_runtime / machine_id
+        runtime.mkdir(exist_ok=True)
+        runtime.chmod(0o711)
 
     def _claim(self, data: Path) -> int | None:
         """The machine's own user id, kept in its directory; None when Nagaya is no root."""
@@ -185,6 +192,7 @@ class Service:
     async def _prepare(self, machine_id: str, spec: MachineSpec, avoid: Accelerator | None) -> Prepared:
         """Everything one launch needs; called by the machine's driver."""
         data = self._paths.machines / machine_id
+        self._make_runtime(machine_id)
         image, directory = self._images.get(spec.image, spec.architecture)
         verdict = await self._accelerators.choose(spec.architecture, spec.accelerator, self._trial_image, avoid=avoid)
         emulator = await self._accelerators.require(spec.architecture)
