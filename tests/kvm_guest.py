@@ -58,6 +58,7 @@ mkdir -p /new/dev/pts /new/dev/shm
 mount -t devpts pts /new/dev/pts
 mount -t tmpfs shm /new/dev/shm
 mount -t tmpfs run /new/run
+for port in /sys/class/virtio-ports/*; do read -r name < $port/name; ln -s /dev/${{port##*/}} /new/run/$name; done
 ip link set lo up
 hostname outer
 echo "the outer guest is up"
@@ -84,7 +85,7 @@ def run(command: Sequence[str], deadline_s: float) -> Outcome:
     kernel, base = asyncio.run(_made(image_cache() / "outer"))
     with tempfile.TemporaryDirectory(prefix="nagaya-outer-") as scratch:
         place = Path(scratch)
-        words = shlex.join([*command, "/dev/vport0p1"])
+        words = shlex.join([*command, "/run/report"])
         tree = {"init": initramfs.file(INIT.format(command=words).encode(), 0o755)}
         # Archives in a row are one to the kernel; a later one's files replace an earlier one's.
         (place / "initrd").write_bytes(base.read_bytes() + compress(initramfs.pack(tree)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -30,6 +31,13 @@ from nagaya.paths import socket_path as socket_path
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the host, after work that needed much of it for a while (malloc_trim(3), glibc only)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 # --- files -----------------------------------------------------------------------------------------------------

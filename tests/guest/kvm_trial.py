@@ -21,7 +21,7 @@ DATA = HOME / "data"
 
 class Report:
     def __init__(self, path: str) -> None:
-        self._file = open(path, "w", buffering=1)  # noqa: SIM115  until the end
+        self._file = os.fdopen(os.open(path, os.O_WRONLY), "w", buffering=1)  # noqa: SIM115  until the end
 
     def say(self, name: str, **values: Any) -> None:
         self._file.write(json.dumps({"name": name, **values}) + "\n")

@@ -113,7 +113,10 @@ class ImageStore:
                 self._clean(directory, now)
                 packages = work / f"packages-{architecture}"
                 _make_directory(packages)
-                image = await builder.build(name, architecture, directory, packages, progress)
+                try:
+                    image = await builder.build(name, architecture, directory, packages, progress)
+                finally:
+                    host.give_memory_back()
                 encoded = msgspec.json.format(msgspec.json.encode(image), indent=2)
                 host.atomic_write(directory / _MANIFEST, encoded + b"\n", 0o644)
         progress(1.0, f"{name} for {architecture} is built")
