@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -21,6 +23,8 @@ from nagaya.errors import Conflict, LaunchFailed
 from nagaya.machine import parent, process
 from nagaya.machine.compile import Plan
 from nagaya.machine.process import Confinement, Exit, Process
+
+Order = Literal["little", "big"]
 
 FREE = Confinement(uid=None, gid=None, cgroups=(), landlock=False)
 
@@ -349,3 +353,49 @@ async def test_the_environment_of_the_server_stays_there(machine: Machine, monke
 )
 def test_each_landlock_version_denies_all_it_can(abi: int, rights: tuple[int, int, int]) -> None:
     assert parent.handled_rights(abi) == rights
+
+
+def judge(program: bytes, number: int, *arguments: int, name: int, byteorder: Order = "little") -> int:
+    """Run a seccomp program as the kernel does: on the call's number, the architecture's name, and the arguments."""
+    words = [*(value.to_bytes(4, byteorder) for value in (number, name)), b"\0" * 8]
+    data = b"".join([*words, *(value.to_bytes(8, byteorder) for value in arguments)])
+    at, held = 0, 0
+    while True:
+        code = int.from_bytes(program[at * 8 : at * 8 + 2], byteorder)
+        yes, no = program[at * 8 + 2 : at * 8 + 4]
+        value = int.from_bytes(program[at * 8 + 4 : at * 8 + 8], byteorder)
+        at += 1
+        match code:
+            case parent.BPF_LOAD:
+                held = int.from_bytes(data[value : value + 4], byteorder)
+            case parent.BPF_AND:
+                held &= value
+            case parent.BPF_EQUAL:
+                at += yes if held == value else no
+            case parent.BPF_AT_LEAST:
+                at += yes if held >= value else no
+            case parent.BPF_RETURN:
+                return value
+
+
+@pytest.mark.parametrize("machine_name", sorted(parent.SOCKET_CALLS))
+def test_on_every_host_qemu_may_listen_and_never_reach_out(machine_name: str) -> None:
+    name, make, denied = parent.SOCKET_CALLS[machine_name]
+    order: Order = "big" if machine_name == "s390x" else "little"
+    program = parent.socket_filter(machine_name, order)
+
+    def allowed(number: int, *arguments: int, called: int = name) -> bool:
+        verdict = judge(program, number, *arguments, 0, 0, 0, 0, name=called, byteorder=order)
+        assert verdict in (parent.SECCOMP_RET_ALLOW, parent.SECCOMP_RET_ERRNO | errno.EACCES)
+        return verdict == parent.SECCOMP_RET_ALLOW
+
+    listening = socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    assert allowed(make, socket.AF_UNIX, listening)
+    assert allowed(0)
+    assert not any(allowed(number) for number in (*denied, parent.SYS_IO_URING_SETUP))
+    assert not allowed(make, socket.AF_UNIX, socket.SOCK_DGRAM)
+    assert not any(
+        allowed(make, family, socket.SOCK_STREAM) for family in (socket.AF_INET, socket.AF_INET6, 16, 17, 40)
+    )
+    assert not allowed(0, called=name ^ 1)  # another architecture's calls have other numbers
+    assert not allowed(parent.X32_CALLS | denied[0])

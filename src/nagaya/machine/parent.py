@@ -26,7 +26,7 @@ import time
 
 TYPE_CHECKING = False  # typing is not imported where it only costs memory
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
     Orders = dict[str, Any]
 
@@ -65,6 +65,23 @@ FS_OF_FILES = FS_EXECUTE | FS_WRITE_FILE | FS_READ_FILE | FS_TRUNCATE | FS_IOCTL
 NET_BIND_TCP, NET_CONNECT_TCP = 1, 2
 SCOPE_ABSTRACT_UNIX_SOCKET, SCOPE_SIGNAL = 1, 2
 
+# include/uapi/linux/{prctl,seccomp,filter,audit}.h
+PR_SET_SECCOMP = 22
+SECCOMP_MODE_FILTER = 2
+SECCOMP_RET_ALLOW = 0x7FFF0000
+SECCOMP_RET_ERRNO = 0x00050000
+BPF_LOAD, BPF_AND, BPF_EQUAL, BPF_AT_LEAST, BPF_RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+SYS_IO_URING_SETUP = 425
+X32_CALLS = 0x40000000
+"""System calls of x86_64 with this bit are the x32 interface's, under other numbers."""
+SOCKET_CALLS = {
+    "x86_64": (0xC000003E, 41, (42,)),
+    "aarch64": (0xC00000B7, 198, (203,)),
+    "ppc64le": (0xC0000015, 326, (328, 102)),
+    "s390x": (0x80000016, 359, (362, 102)),
+}
+"""By uname's machine: how seccomp names it, ``socket``, and ``connect`` with the older call that does both."""
+
 
 def handled_rights(abi: int) -> tuple[int, int, int]:
     """What a ruleset of this Landlock ABI can deny: rights on files, TCP, and scopes (kernel: landlock.rst)."""
@@ -72,6 +89,33 @@ def handled_rights(abi: int) -> tuple[int, int, int]:
     net = NET_BIND_TCP | NET_CONNECT_TCP if abi >= 4 else 0
     scoped = SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if abi >= 6 else 0
     return (1 << fs_bits) - 1, net, scoped
+
+
+def socket_filter(machine: str, byteorder: Literal["little", "big"]) -> bytes:
+    """A seccomp program that lets sockets be made to be listened at, and none to reach others with.
+
+    Landlock does not look at sockets in the file system, nor at UDP: through them a QEMU would reach the server and the
+    monitors of other machines of the same user. QEMU itself connects to nothing, since it is given what it talks
+    through; its display listens on a unix socket. io_uring would go past the filter.
+    """
+    name, make, denied = SOCKET_CALLS[machine]
+    low = 0 if byteorder == "little" else 4  # of an argument's eight bytes, the four that matter
+    deny = [*denied, SYS_IO_URING_SETUP]
+    allow, refuse = 10 + len(deny), 11 + len(deny)  # where the program ends, one way or the other
+    program: list[tuple[int, int | None, int | None, int]]
+    program = [(BPF_LOAD, None, None, 4), (BPF_EQUAL, None, refuse, name)]
+    program += [(BPF_LOAD, None, None, 0), (BPF_AT_LEAST, refuse, None, X32_CALLS)]
+    program += [(BPF_EQUAL, refuse, None, number) for number in deny]
+    program += [(BPF_EQUAL, None, allow, make)]
+    program += [(BPF_LOAD, None, None, 16 + low), (BPF_EQUAL, None, refuse, socket.AF_UNIX)]
+    program += [(BPF_LOAD, None, None, 24 + low), (BPF_AND, None, None, 0xF)]
+    program += [(BPF_EQUAL, None, refuse, socket.SOCK_STREAM)]
+    program += [(BPF_RETURN, None, None, SECCOMP_RET_ALLOW), (BPF_RETURN, None, None, SECCOMP_RET_ERRNO | errno.EACCES)]
+    words = b""
+    for at, (code, yes, no, value) in enumerate(program):
+        jumps = bytes(0 if target is None else target - at - 1 for target in (yes, no))
+        words += code.to_bytes(2, byteorder) + jumps + value.to_bytes(4, byteorder)
+    return words
 
 
 class Kernel:
@@ -97,6 +141,15 @@ class Kernel:
         if self._libc.prctl(option, unsigned(value), unsigned(third), unsigned(0), unsigned(0)) < 0:
             code = self._ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+
+    def filter_sockets(self) -> None:
+        program = socket_filter(os.uname().machine, sys.byteorder)
+        code = self._ctypes.create_string_buffer(program, len(program))
+        # struct sock_fprog: the number of instructions, and after padding where they are
+        length = (len(program) // 8).to_bytes(2, sys.byteorder).ljust(8, b"\0")
+        both = length + self._ctypes.addressof(code).to_bytes(8, sys.byteorder)
+        held = self._ctypes.create_string_buffer(both, len(both))
+        self.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self._ctypes.addressof(held))
 
     def landlock_abi(self) -> int:
         """0 when this kernel has no Landlock, or it is switched off."""
@@ -157,7 +210,7 @@ def device_groups(paths: list[str]) -> list[int]:
     return [state.st_gid for state in states if state.st_mode & 0o060 == 0o060 and state.st_gid != 0]
 
 
-def confine(orders: Orders, landlock: bool) -> None:
+def confine(orders: Orders, *, landlock: bool, network: bool) -> None:
     """Give up what the program does not need; nothing of it can be had back."""
     import resource
 
@@ -177,6 +230,8 @@ def confine(orders: Orders, landlock: bool) -> None:
     kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
     if ruleset is not None:
         kernel.landlock_restrict(ruleset)
+    if not network:
+        kernel.filter_sockets()
 
 
 # --- starting --------------------------------------------------------------------------------------------------
@@ -185,7 +240,9 @@ def confine(orders: Orders, landlock: bool) -> None:
 class Child:
     """A forked process that waits for :meth:`go` before it confines itself and becomes ``argv``."""
 
-    def __init__(self, orders: Orders, argv: list[str], descriptors: dict[int, int], *, landlock: bool) -> None:
+    def __init__(
+        self, orders: Orders, argv: list[str], descriptors: dict[int, int], *, landlock: bool, network: bool = False
+    ) -> None:
         self._gate_read, self._gate = os.pipe()
         self._failure, low = os.pipe()
         failure_write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, SAFE_FD)
@@ -197,7 +254,7 @@ class Child:
                 if os.read(self._gate_read, 1) != b"g":
                     os._exit(125)  # the parent died before it wrote down that we exist
                 stage = "confining it"
-                confine(orders, landlock)
+                confine(orders, landlock=landlock, network=network)
                 stage = "starting it"
                 place(descriptors)
                 for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
@@ -273,7 +330,8 @@ def launch(orders: Orders) -> tuple[int, int | None, int, Orders | None]:
     if orders["passt"] is not None:
         ours, theirs = socket.socketpair()
         descriptors[orders["network_fd"]] = ours.detach()
-        child = Child(orders, orders["passt"], {0: null, 1: qemu_log, 2: qemu_log, 3: theirs.fileno()}, landlock=False)
+        given = {0: null, 1: qemu_log, 2: qemu_log, 3: theirs.fileno()}
+        child = Child(orders, orders["passt"], given, landlock=False, network=True)
         theirs.close()
         helper = child.pid
         failed = child.go()
