@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nagaya.errors import EmulatorMissing
 from nagaya.machine.driver import Driver, Prepared
 from nagaya.model.machine import (
@@ -25,6 +27,7 @@ from nagaya.model.machine import (
     StopMode,
     Stopped,
     Stopping,
+    Unknown,
     Wanted,
     state_name,
 )
@@ -297,3 +300,27 @@ async def test_removal_ends_what_runs_and_returns_when_nothing_does(tmp_path: Pa
         assert machine.commands() == ["quit"]
         assert await asyncio.wait_for(machine.process.wait(), 5) is not None
         assert watched.names()[-1] == "stopped"
+
+
+async def test_a_machine_whose_records_cannot_be_read_is_unknown_and_left_alone_until_they_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nagaya.machine.driver.RETRY_S", 0.05)
+    machine = FakeMachine(tmp_path)
+    async with machine:
+        record = machine.runtime / "process.json"
+        whole = record.read_bytes()
+        record.write_text('{"incarnation": 1}')
+        watched = Watched(machine.data, machine.runtime)
+        watched.driver.start()
+        async with asyncio.timeout(8):
+            await watched.driver.known()
+        assert isinstance(watched.driver.state, Unknown)
+        removing = asyncio.create_task(watched.driver.remove())
+        await asyncio.wait({removing}, timeout=0.3)
+        assert not removing.done(), "a machine that may run is not removed"
+        assert machine.commands() == []
+        record.write_bytes(whole)
+        async with asyncio.timeout(8):
+            await removing
+        assert isinstance(watched.driver.state, Stopped)

@@ -56,6 +56,7 @@ from nagaya.model.machine import (
     State,
     Stopped,
     Stopping,
+    Unknown,
     Wanted,
     alive,
     decide,
@@ -324,12 +325,9 @@ class Driver:
     # --- the task ---
 
     async def _live(self) -> None:
-        try:
-            await self._adopt()
-        except Exception as error:  # a machine must never lose its driver
-            log.exception("adoption of %s failed", self.id)
-            self._error = InternalError(f"The machine's records cannot be read: {chain(error)}").problem()
-            self._state = Crashed("Its records cannot be read", hint=chain(error))
+        while not await self._adopted():
+            # Whether it runs is not known, so nothing may be done with it; it is looked at again.
+            await asyncio.sleep(RETRY_S)
         self._publish()
         self._known.set()
         while True:
@@ -353,6 +351,20 @@ class Driver:
                 self._failed(InternalError(f"The machine's driver failed: {chain(error)}"))
             self._publish()
             await self._wake.wait()
+
+    async def _adopted(self) -> bool:
+        try:
+            await self._adopt()
+        except Exception as error:  # a machine must never lose its driver
+            log.exception("adoption of %s failed", self.id)
+            known = error if isinstance(error, NagayaError) else InternalError(f"It cannot be adopted: {chain(error)}")
+            self._error = known.problem()
+            if not isinstance(self._state, Unknown):
+                self._state = Unknown(host.now())
+            self._publish()
+            self._known.set()
+            return False
+        return True
 
     def _next(self) -> Action:
         wanted = self._wanted
