@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from nagaya.errors import NagayaError
+from nagaya.errors import InvalidInput, NagayaError
 from nagaya.paths import SOCKET_PATH_MAX as SOCKET_PATH_MAX
 from nagaya.paths import Paths as Paths
 from nagaya.paths import socket_path as socket_path
@@ -41,6 +41,28 @@ def give_memory_back() -> None:
 
 
 # --- files -----------------------------------------------------------------------------------------------------
+
+
+def own_directory(directory: Path) -> None:
+    """Make a place of this installation, or take one that is there and ours. Raises InvalidInput.
+
+    As root, machines' users may pass through it, and read nothing. In a directory of somebody else, its owner could put
+    links and files where ours are expected, and a server that runs as root would follow them.
+    """
+    mode = 0o711 if os.geteuid() == 0 else 0o700
+    elsewhere = "Choose a directory of your own with --data DIR or NAGAYA_DATA"
+    try:
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        for state in (directory.lstat(), directory.stat()):
+            if state.st_uid != os.geteuid():
+                raise InvalidInput(
+                    f"{directory} belongs to user id {state.st_uid}, and this is {os.geteuid()}",
+                    hint=elsewhere,
+                    command=f"ls -ld {shlex.quote(str(directory))}",
+                )
+        directory.chmod(mode)
+    except OSError as error:
+        raise InvalidInput(f"{directory} cannot be used: {error.strerror}", hint=elsewhere) from error
 
 
 def atomic_write(path: Path, content: bytes, mode: int = 0o600) -> None:
@@ -195,7 +217,7 @@ async def run(
 
 def spawn(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """Start a program that outlives its starter: a session of its own, no input, its words appended to ``log``."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         return subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=descriptor, stderr=descriptor, cwd="/", start_new_session=True

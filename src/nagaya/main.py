@@ -53,27 +53,14 @@ def take_lock(paths: Paths) -> host.Lock:
     return lock
 
 
-def make_directories(paths: Paths) -> None:
-    """The places of this installation; machines' users may pass through them, and read nothing."""
-    mode = 0o711 if os.geteuid() == 0 else 0o700
-    for directory in (paths.data, paths.runtime):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            directory.chmod(mode)
-        except OSError as error:
-            raise InvalidInput(
-                f"{directory} cannot be used: {error.strerror}",
-                hint="Choose a directory of your own with --data DIR or NAGAYA_DATA",
-            ) from error
-
-
 async def run_server(paths: Paths, settings: Settings, listen: tuple[str, int] | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    make_directories(paths)
+    for directory in (paths.data, paths.runtime):
+        host.own_directory(directory)
     lock = take_lock(paths)
     try:
         store = await Store.open(paths.database)

@@ -63,17 +63,18 @@ def up(
     if found := _answers(client):
         _report(session, found, "runs already")
         return
-    argv = [sys.executable, "-m", "nagaya.main", "server"]
+    # -P: Python would take modules from the current directory first, and anybody may have put some there.
+    argv = [sys.executable, "-P", "-m", "nagaya.main", "server"]
     if session.data or os.environ.get("NAGAYA_DATA"):
         argv += ["--data", str(paths.data)]
     if listen:
         argv += ["--listen", listen]
     if not detach:
         os.execv(argv[0], argv)
-    from nagaya.host import spawn
+    from nagaya.host import own_directory, spawn
 
+    own_directory(paths.data)
     try:
-        paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         begun = paths.server_log.stat().st_size if paths.server_log.exists() else 0
         process = spawn(argv, paths.server_log)
     except OSError as error:

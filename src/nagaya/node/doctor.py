@@ -102,7 +102,7 @@ def _isolation(facts: NodeFacts, strength: Strength) -> Iterator[Finding]:
             "identity",
             "warning",
             "all machines run under your own user id, since Nagaya does not run as root",
-            "Landlock keeps their files and processes apart, but not their monitor sockets; as root each has its own id"
+            "Landlock and filters of system calls keep them apart; as root each has its own id as well"
             if strength.landlock_abi
             else "Run Nagaya as root to give each its own",
         )
