@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -63,7 +63,7 @@ class Door:
 
     def _refuse_other_names(self, headers: Headers) -> None:
         # DNS rebinding: a page's own host name is made to point here. An address cannot be rebound.
-        name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        name = _split(f"//{headers.get('host', '')}").hostname or ""
         if name not in self.names and not _is_address(name):
             raise Forbidden(
                 f"This server is not called {name or '(no Host header)'}",
@@ -73,11 +73,18 @@ class Door:
 
 def _refuse_other_sites(headers: Headers) -> None:
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if origin is not None and _split(origin).netloc != headers.get("host"):
         raise Forbidden(
             f"A page of {origin} sent this request, and only pages of {headers.get('host')} may",
             hint="Programs that are no browser leave the header Origin out",
         )
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:  # brackets that hold no address
+        raise Forbidden(f"{url[:100]!r} names nobody", hint="Mend the headers Host and Origin") from error
 
 
 def _is_address(name: str) -> bool:

@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import os
 import re
+import resource
 import socket as sockets
 import struct
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import Final
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nagaya.api.auth import Door, Through, own_names, read_or_make_token
 from nagaya.errors import PortInUse, StartupError
@@ -33,6 +35,10 @@ log = structlog.get_logger("nagaya.api")
 GRACE_S: Final = 2
 """How long requests that run when the server ends may still take."""
 BACKLOG: Final = 256
+HEAD_MAX: Final = 64 * 1024
+"""Bytes of a request's line and headers; one read may go beyond."""
+HEAD_S: Final = 10.0
+"""How long they may take, and how long what is left of a body may that nobody waits for any more."""
 
 
 async def serve(
@@ -66,7 +72,7 @@ class _Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 Through(app, door),
-                http="httptools",
+                http=Bounded,
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
                 ws_max_size=2**20,
@@ -92,9 +98,68 @@ class _Listener(uvicorn.Server):
                 await asyncio.wait_for(self._stop.wait(), 1.0)
 
 
+class Bounded(HttpToolsProtocol):
+    """uvicorn's HTTP, with bounds on what somebody may send and hold who was not let in (and never will be).
+
+    By itself it keeps headers without end, at a cost that grows with the square of their size, and connections that
+    never say anything.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._unread = 0
+        self._deadline: asyncio.TimerHandle | None = None
+        super().connection_made(transport)
+        if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            transport.abort()  # the other half of the descriptors is for the work
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._settle()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += len(data)
+        super().data_received(data)
+        if self._unread > HEAD_MAX and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect()
+
+    def on_headers_complete(self) -> None:
+        self._settle()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._settle()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body:
+            self._expect()
+
+    def _expect(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def _settle(self) -> None:
+        self._unread = 0
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    # uvicorn takes a WebSocket that was refused with a whole response for one that was forgotten.
-    return record.msg != "ASGI callable returned without completing handshake."
+    # uvicorn takes a WebSocket that was refused with a whole response for one that was forgotten. And what is not HTTP
+    # is answered; a line for each would let anybody fill the disk.
+    return not str(record.msg).startswith(("ASGI callable returned without completing", "Invalid HTTP request"))
 
 
 # --- sockets ---------------------------------------------------------------------------------------------------
