@@ -1,7 +1,7 @@
 """The API's client: JSON over HTTP, through the local unix socket or to ``NAGAYA_URL``.
 
 It stands on the standard library since it decides how fast every command starts; see
-docs/decisions/cli-http-client.md.
+docs/decisions/0006-http-client-of-the-command-line.md.
 """
 
 from __future__ import annotations
