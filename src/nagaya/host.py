@@ -17,7 +17,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,6 +91,17 @@ def read_tail(path: Path, max_bytes: int) -> bytes:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - max_bytes))
         return file.read(max_bytes)
+
+
+@contextlib.contextmanager
+def exclusively(directory: Path) -> Iterator[None]:
+    """Be the only process in this block for this directory. Waits, so the block takes moments."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Lock:
@@ -281,6 +292,31 @@ def signal_pid(pid: int, start_time: int, number: signal.Signals) -> bool:
         return False
     finally:
         os.close(descriptor)
+
+
+def processes_of(uid: int) -> dict[int, int]:
+    """Start times of the processes that run under a user id, by pid."""
+    found: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        # The owner of its directory does not tell: it is root's when the process has made itself undumpable.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = Path(f"/proc/{entry}/status").read_text(errors="replace")
+            ids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]
+            started = process_start_time(int(entry))
+            if str(uid) in ids and started is not None:
+                found[int(entry)] = started
+    return found
+
+
+async def end_processes_of(uid: int, timeout_s: float = 10.0) -> None:
+    """Kill everything that runs under a user id, and return when nothing does. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while left := await asyncio.to_thread(processes_of, uid):  # what was killed may have started something before
+            for pid, started in left.items():
+                signal_pid(pid, started, signal.SIGKILL)
+                await wait_pid(pid, started)
 
 
 def process_usage(pid: int) -> dict[str, int | float]:

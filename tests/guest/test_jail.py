@@ -223,6 +223,16 @@ async def test_a_running_qemu_has_no_privilege_left(house: House) -> None:
     assert now["CapBnd"] == "0" * 16
 
 
+async def test_what_a_machine_left_running_does_not_meet_the_next_one_with_its_id(house: House) -> None:
+    place = house.machine("mine", UID)
+    script = "import ctypes, signal; ctypes.CDLL(None).prctl(4, 0); signal.pause()"  # undumpable, as passt is
+    run = await house.launch(place, program(place, script), confined(UID))
+    await until(lambda: run.pid in host.processes_of(UID))
+    await host.end_processes_of(UID)
+    assert host.process_start_time(run.pid) != run.start_time
+    assert host.processes_of(UID) == {}
+
+
 @pytest.mark.parametrize("architecture", Architecture)
 async def test_every_emulator_starts_inside_the_jail(house: House, architecture: Architecture) -> None:
     place = house.machine("mine", UID)

@@ -14,7 +14,8 @@ import pytest
 
 from nagaya import host
 from nagaya.api import server
-from nagaya.errors import InvalidInput
+from nagaya.errors import InvalidInput, OutOfResources
+from nagaya.node.identity import Identities
 from tests.unit.api_fixtures import Api, serving
 
 NAGAYA = Path(sys.executable).parent / "nagaya"
@@ -67,6 +68,65 @@ def test_the_log_of_a_background_program_is_no_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         host.spawn([sys.executable, "-c", ""], tmp_path / "server.log")
     assert not (tmp_path / "victim").exists()
+
+
+# --- user ids of machines --------------------------------------------------------------------------------------------
+
+
+def test_after_a_boot_the_ids_of_machines_at_rest_are_not_given_away(tmp_path: Path) -> None:
+    """Claims are lost in a boot; a machine's directory has its id as group."""
+    place = tmp_path / "machines"
+    place.mkdir()
+    # Only root can give directories groups at will, so the range begins with the group they have.
+    group = place.stat().st_gid
+    (place / "old").mkdir()
+    identities = Identities(group, 1, tmp_path / "claims")
+    identities.restore(place)
+    (place / "new").mkdir()
+    with pytest.raises(OutOfResources):
+        identities.claim(place / "new", None)
+    with pytest.raises(OutOfResources):
+        identities.claim(place / "new", group)
+    assert identities.claim(place / "old", group) == group
+
+
+def test_a_claim_that_was_cut_off_is_void(tmp_path: Path) -> None:
+    claims, machine = tmp_path / "claims", tmp_path / "machine"
+    claims.mkdir()
+    machine.mkdir()
+    (claims / "2000000").touch()
+    assert Identities(2_000_000, 1, claims).claim(machine, None) == 2_000_000
+
+
+def test_two_servers_never_take_over_the_same_stale_claim(tmp_path: Path) -> None:
+    """Many at once find claims of machines that are gone; each id is given once."""
+    claims = tmp_path / "claims"
+    claims.mkdir()
+    for uid in range(2_000_000, 2_000_024):
+        (claims / str(uid)).write_text(str(tmp_path / "gone"))
+    code = (
+        "import sys; from pathlib import Path; from nagaya.node.identity import Identities\n"
+        "root = Path(sys.argv[1]); sys.stdin.read()\n"
+        "for number in range(6):\n"
+        "    place = root / f'{sys.argv[2]}-{number}'; place.mkdir()\n"
+        "    print(Identities(2_000_000, 24, root / 'claims').claim(place, None))\n"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path, str(n)], stdin=-1, stdout=-1, text=True)
+        for n in range(4)
+    ]
+    for one in started:
+        assert one.stdin is not None
+        one.stdin.close()
+        one.stdin = None
+    given = [uid for one in started for uid in one.communicate(timeout=30)[0].split()]
+    assert len(given) == len(set(given)) == 24
+
+
+def test_processes_are_known_by_the_user_they_run_as() -> None:
+    mine = host.processes_of(os.geteuid())
+    assert mine[os.getpid()] == host.process_start_time(os.getpid())
+    assert host.processes_of(2**31 - 7) == {}
 
 
 # --- the port, for those who have no token ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from nagaya import host
 from nagaya.errors import OutOfResources
 
 CLAIMS: Final = Path("/run/nagaya-uids")
@@ -31,17 +32,32 @@ class Identities:
         Raises OutOfResources when the range is used up.
         """
         self.claims.mkdir(mode=0o700, exist_ok=True)
-        if preferred is not None and self._take(preferred, directory):
-            return preferred
-        start = int.from_bytes(os.urandom(4)) % self.count
-        for step in range(self.count):
-            uid = self.base + (start + step) % self.count
-            if not _exists(uid) and self._take(uid, directory):
-                return uid
+        with host.exclusively(self.claims):
+            if preferred is not None and self._take(preferred, directory):
+                return preferred
+            start = int.from_bytes(os.urandom(4)) % self.count
+            for step in range(self.count):
+                uid = self.base + (start + step) % self.count
+                if not _exists(uid) and self._take(uid, directory):
+                    return uid
         raise OutOfResources(
             f"All {self.count} user ids for machines ({self.base}–{self.base + self.count - 1}) are in use",
             hint="Widen jail.uid_count in the configuration, or delete machines",
         )
+
+    def restore(self, machines: Path) -> None:
+        """Claim again what the machines in this directory have: they outlive a boot of the host, and claims do not.
+
+        Else a new machine could be given the id that owns the disk of one at rest. A machine's directory has its id as
+        group.
+        """
+        self.claims.mkdir(mode=0o700, exist_ok=True)
+        with host.exclusively(self.claims):
+            claimed = set(os.listdir(self.claims))
+            for entry in os.scandir(machines):
+                uid = entry.stat(follow_symlinks=False).st_gid
+                if self.base <= uid < self.base + self.count and str(uid) not in claimed:
+                    self._take(uid, Path(entry.path))
 
     def in_use(self) -> bool:
         """Whether any machine of this host, of whatever installation, has an id of the range."""
@@ -62,7 +78,7 @@ class Identities:
                 owner = _owner(claim)
                 if owner == str(directory):
                     return True
-                if owner and not Path(owner).exists():
+                if owner is not None and not (owner and Path(owner).exists()):  # an empty one was cut off
                     claim.unlink(missing_ok=True)
                     continue
                 return False

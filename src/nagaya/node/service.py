@@ -83,6 +83,8 @@ class Service:
         ):
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(mode)
+        if self._identities is not None:
+            await asyncio.to_thread(self._identities.restore, self._paths.machines)
         self._instance = hashlib.sha256(os.fsencode(self._paths.data.resolve())).hexdigest()[:12]
         # Tried once, beside the rest: the first launch need not wait for it.
         self._probing = asyncio.create_task(user_network.probe(self._uids if self._identities else None))
@@ -177,17 +179,24 @@ class Service:
         """The machine's own user id, kept in its directory; None when Nagaya is no root."""
         if self._identities is None:
             return None
-        record = data / "identity.json"
-        kept: int | None = None
-        with contextlib.suppress(FileNotFoundError):
-            kept = msgspec.json.decode(record.read_bytes())["uid"]
+        kept = self._identity(data)
         uid = self._identities.claim(data, kept)
         if uid != kept:
-            host.atomic_write(record, msgspec.json.encode({"uid": uid}))
+            host.atomic_write(data / "identity.json", msgspec.json.encode({"uid": uid}))
+            os.chown(data, 0, uid)
             disk = data / "disk.qcow2"
             if disk.exists():
                 os.chown(disk, uid, uid)
         return uid
+
+    def _identity(self, data: Path) -> int | None:
+        """The user id that a machine was given; None when it has none of its own."""
+        if self._identities is None:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            kept: int = msgspec.json.decode((data / "identity.json").read_bytes())["uid"]
+            return kept
+        return None
 
     async def _prepare(self, machine_id: str, spec: MachineSpec, avoid: Accelerator | None) -> Prepared:
         """Everything one launch needs; called by the machine's driver."""
@@ -246,16 +255,19 @@ class Service:
         if data.is_dir() or runtime.is_dir():
             await self._driver(machine_id).remove()
             self._drivers.pop(machine_id, None)
+        uid = self._identity(data)
+        if uid is not None:
+            # Whatever a machine left running must not meet the next one with its user id.
+            await host.end_processes_of(uid)
         host.remove_cgroups(self._instance, machine_id)
-        record = data / "identity.json"
-        if self._identities is not None and record.exists():
-            self._identities.release(data, msgspec.json.decode(record.read_bytes())["uid"])
-            if not self._identities.in_use() and (await self._tried_network()).mode == "passt":
-                # The last machine of this host is gone; the next launch puts the table up again.
-                await user_network.remove(self._uids)
         for directory in (runtime, data):
             with contextlib.suppress(FileNotFoundError):
                 await asyncio.to_thread(shutil.rmtree, directory)
+        if self._identities is not None and uid is not None:
+            self._identities.release(data, uid)
+            if not self._identities.in_use() and (await self._tried_network()).mode == "passt":
+                # The last machine of this host is gone; the next launch puts the table up again.
+                await user_network.remove(self._uids)
         self._publish(Gone(machine_id))
 
     def _known(self, machine_id: str) -> Driver:
