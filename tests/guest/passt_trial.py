@@ -28,8 +28,18 @@ TARGETS = {
     "this host": "0.0.0.0",
     "own address": "192.0.2.1",
     "bridge": "172.17.0.1",
+    "forwarded": "192.0.2.7",
     "gateway": user.GATEWAY,
 }
+FORWARDED = f"""
+table ip forwarding {{
+  chain output {{
+    type nat hook output priority -100;
+    ip daddr {TARGETS["forwarded"]} tcp dport {PORT} dnat to {TARGETS["outside"]}
+  }}
+}}
+"""
+"""An address of the host that it forwards elsewhere, as container engines do with published ports."""
 OUTSIDE = f"""
 import socket, sys
 sys.stdin.readline()
@@ -143,7 +153,9 @@ def main() -> None:
         ip("link", "set", "lo", "up")
         ip("link", "add", "up0", "type", "veth", "peer", "name", "up1", "netns", str(outside.pid))
         ip("address", "add", "192.0.2.1/24", "dev", "up0")
+        ip("address", "add", f"{TARGETS['forwarded']}/24", "dev", "up0")
         ip("link", "set", "up0", "up")
+        subprocess.run(["nft", "-f", "-"], input=FORWARDED, text=True, check=True)
         ip("route", "add", "default", "via", "192.0.2.254")
         ip("link", "add", "bridge0", "type", "bridge")
         ip("address", "add", "172.17.0.1/16", "dev", "bridge0")

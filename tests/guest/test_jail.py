@@ -254,6 +254,7 @@ async def test_passt_reaches_outside_and_never_the_host() -> None:
     assert [name for name, reached in closed["reached"].items() if reached] == ["outside"]
     assert opened["reached"]["loopback"]
     assert opened["reached"]["bridge"]
+    assert opened["reached"]["forwarded"]
 
 
 async def test_the_processor_quota_holds(house: House) -> None:
