@@ -1,10 +1,10 @@
-"""A computer whose KVM works: a guest of QEMU's emulation, which has AMD's nested virtualisation, with this one's files.
+"""A computer whose KVM works: a guest under QEMU's emulation, which has AMD's nested virtualisation.
 
     this computer ─▶ qemu-system-x86_64 -accel tcg -cpu max        the outer guest: the distribution's own kernel
                        └ / : overlay of tmpfs on this computer's /, read-only over 9p
                            └ the product, from this checkout ─▶ qemu-system-x86_64 -accel kvm      the inner guest
 
-So nothing is installed and no disk is built: what runs here runs there, and what it writes is gone with it.
+Nothing is installed and no disk is built: what runs here runs there, and what it writes is gone with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, Final
 from nagaya.model.machine import Architecture
 from nagaya.storage import initramfs
 from nagaya.storage.build import _plain_module, compress
-from nagaya.storage.debian import Apt, Deb, Package, choose_sources, distribution, read_sources
+from nagaya.storage.debian import Apt, Deb, Distribution, Package, choose_sources, distribution, read_sources
 from tests.live import image_cache
 
 MODULES: Final = (
@@ -35,6 +35,7 @@ MODULES: Final = (
     *("irqbypass", "kvm", "kvm_amd"),
 )
 KERNELS: Final = {"debian": "linux-image-amd64", "ubuntu": "linux-image-generic"}
+ETC_APT: Final = Path("/etc/apt")
 MEMORY_MIB: Final = 2560
 
 # The trial's report goes through a port of its own: the console belongs to the kernel.
@@ -53,6 +54,7 @@ mount -t overlay -o lowerdir=/host,upperdir=/made/upper,workdir=/made/work root 
 mount -t proc proc /new/proc
 mount -t sysfs sys /new/sys
 mount -t cgroup2 cgroup /new/sys/fs/cgroup
+echo "+cpu +memory +pids" > /new/sys/fs/cgroup/cgroup.subtree_control
 mount -t devtmpfs dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm
 mount -t devpts pts /new/dev/pts
@@ -76,13 +78,21 @@ class Outcome:
     console: str
     took_s: float
 
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """The report of this name; where there is none, the failure shows how far the trial came."""
+        for report in self.reports:
+            if report["name"] == name:
+                return report
+        told = "\n".join(json.dumps(report) for report in self.reports)
+        raise AssertionError(f"no report {name!r} after {self.took_s:.0f} s:\n{told}\n{self.console[-3000:]}")
+
 
 def run(command: Sequence[str], deadline_s: float) -> Outcome:
     """Boot the outer guest, run ``command`` in it as root, and return what it wrote to its report port.
 
     The port is a device whose path is the last argument the command gets. Ends the guest, whatever happens.
     """
-    kernel, base = asyncio.run(_made(image_cache() / "outer"))
+    kernel, base = _made(image_cache() / "outer")
     with tempfile.TemporaryDirectory(prefix="nagaya-outer-") as scratch:
         place = Path(scratch)
         words = shlex.join([*command, "/run/report"])
@@ -129,7 +139,7 @@ def _argv(kernel: Path, place: Path) -> list[str]:
 # --- its kernel ------------------------------------------------------------------------------------------------
 
 
-async def _made(directory: Path) -> tuple[Path, Path]:
+def _made(directory: Path) -> tuple[Path, Path]:
     """The outer guest's kernel, and an initramfs with its modules; kept, since the package is large."""
     assert platform.machine() == "x86_64", "QEMU emulates nested virtualisation for x86_64"
     distro = distribution(Path("/etc/os-release").read_text())
@@ -138,15 +148,18 @@ async def _made(directory: Path) -> tuple[Path, Path]:
     if initrd.exists():
         return kernel, initrd
     directory.mkdir(parents=True, exist_ok=True)
-    sources = choose_sources(read_sources(Path("/etc/apt")), distro, Architecture.X86_64, "amd64")
-    apt = Apt(directory / "packages", Architecture.X86_64, sources)
+    _compose(asyncio.run(_packages(directory / "packages", distro)), directory, kernel, initrd)
+    return kernel, initrd
+
+
+async def _packages(root: Path, distro: Distribution) -> tuple[Package, ...]:
+    sources = choose_sources(read_sources(ETC_APT), distro, Architecture.X86_64, "amd64")
+    apt = Apt(root, Architecture.X86_64, sources)
     await apt.update(_quiet)
     named = await apt.depends(KERNELS[distro.id])
     names = [name for name in named if name.startswith(("linux-image-", "linux-modules-"))]
     names += [name for name in await apt.depends(names[0]) if name.startswith("linux-modules-")]
-    packages = await apt.fetch((*dict.fromkeys(names), "busybox-static"), _quiet)
-    await asyncio.to_thread(_compose, packages, directory, kernel, initrd)
-    return kernel, initrd
+    return await apt.fetch((*dict.fromkeys(names), "busybox-static"), _quiet)
 
 
 def _quiet(fraction: float, text: str) -> None:

@@ -42,8 +42,8 @@ class Jail(_Section):
 class Trial(_Section):
     """How long an accelerator's trial boot may take."""
 
-    silence_s: Annotated[float, Field(gt=0)] = 8.0
-    deadline_s: Annotated[float, Field(gt=0)] = 60.0
+    silence_s: Annotated[float, Field(gt=0)] = 20.0
+    deadline_s: Annotated[float, Field(gt=0)] = 120.0
 
 
 class Settings(BaseSettings):

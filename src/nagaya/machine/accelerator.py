@@ -32,14 +32,17 @@ import msgspec
 
 from nagaya import host
 from nagaya.errors import AcceleratorRefused, EmulatorMissing, InternalError
+from nagaya.machine import parent
 from nagaya.machine.compile import emulator_name, emulator_package, machine_type
 from nagaya.model.image import Image
 from nagaya.model.machine import Accelerator, Architecture
 from nagaya.model.node import Emulator, Verdict
 
 MINIMUM_QEMU: Final = (9, 1)
-SILENCE_S: Final = 8.0
-DEADLINE_S: Final = 60.0
+# Three times and four times what KVM takes inside a guest that is itself emulated (6.4 s, 29 s), the slowest there is:
+# a refusal is kept, so one that comes too early costs all later machines, and one that comes late costs a start.
+SILENCE_S: Final = 20.0
+DEADLINE_S: Final = 120.0
 TRIAL_MEMORY_MIB: Final = 256  # pseries takes only multiples of this
 
 _HARDWARE: Final = {"linux": Accelerator.KVM, "darwin": Accelerator.HVF, "win32": Accelerator.WHPX}
@@ -85,9 +88,13 @@ async def prove(
     *,
     silence_s: float = SILENCE_S,
     deadline_s: float = DEADLINE_S,
+    own_uids: bool = False,
 ) -> Verdict:
-    """Boot the image under one accelerator and say what came of it. Nothing is left behind."""
-    if accelerator is Accelerator.KVM and (refusal := _kvm_refusal()):
+    """Boot the image under one accelerator and say what came of it. Nothing is left behind.
+
+    ``own_uids``: machines run under user ids of their own, and what is open to us may be closed to them.
+    """
+    if accelerator is Accelerator.KVM and (refusal := _kvm_refusal(own_uids)):
         return Verdict(accelerator, image.architecture, False, refusal)
     began = time.monotonic()
     try:
@@ -119,7 +126,7 @@ def _why(accelerator: Accelerator, end: str) -> str:
     return f"QEMU could not use it: {end}"
 
 
-def _kvm_refusal() -> str | None:
+def _kvm_refusal(own_uids: bool) -> str | None:
     """Why KVM cannot even be tried; the trial itself says the rest."""
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
@@ -134,6 +141,12 @@ def _kvm_refusal() -> str | None:
         if error.errno in (errno.ENODEV, errno.ENXIO):
             return "/dev/kvm is there, but the kernel has no virtualisation behind it (disabled in the firmware?)"
         return f"/dev/kvm cannot be opened: {error.strerror}"
+    state = os.stat("/dev/kvm")
+    if own_uids and state.st_mode & 0o006 != 0o006 and not parent.device_groups(["/dev/kvm"]):
+        return (
+            f"/dev/kvm is root's alone (mode {state.st_mode & 0o777:04o}), and every machine runs under a user id of "
+            "its own; give it to a group, as udev does (chgrp kvm /dev/kvm && chmod 660 /dev/kvm)"
+        )
     return None
 
 
@@ -232,12 +245,14 @@ class Accelerators:
         *,
         silence_s: float = SILENCE_S,
         deadline_s: float = DEADLINE_S,
+        own_uids: bool = False,
         platform_name: str = sys.platform,
     ) -> None:
         self._cache = cache
         self._own = own
         self._silence_s = silence_s
         self._deadline_s = deadline_s
+        self._own_uids = own_uids
         self._platform = platform_name
         self._versions: dict[str, _Found] = {}
         self._kept = _read(cache)
@@ -331,7 +346,13 @@ class Accelerators:
             if (known := self._known(key, accelerator, architecture)) is not None:
                 return known
             verdict = await prove(
-                accelerator, emulator, image, directory, silence_s=self._silence_s, deadline_s=self._deadline_s
+                accelerator,
+                emulator,
+                image,
+                directory,
+                silence_s=self._silence_s,
+                deadline_s=self._deadline_s,
+                own_uids=self._own_uids,
             )
             others = [
                 kept

@@ -65,6 +65,7 @@ class Service:
             facts.own_architecture(),
             silence_s=settings.trial.silence_s,
             deadline_s=settings.trial.deadline_s,
+            own_uids=os.geteuid() == 0,
         )
         self._identities = Identities(settings.jail.uid_base, settings.jail.uid_count) if os.geteuid() == 0 else None
         self._drivers: dict[str, Driver] = {}
