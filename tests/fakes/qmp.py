@@ -92,6 +92,11 @@ class QmpServer:
         assert self._writer is not None
         self._writer.write(_event(Event(name, data)))
 
+    def pending(self) -> int:
+        """Bytes that the client has not taken yet."""
+        assert self._writer is not None
+        return self._writer.transport.get_write_buffer_size()
+
     def hang_up(self) -> None:
         assert self._writer is not None
         self._writer.transport.abort()

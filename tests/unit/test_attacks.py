@@ -15,7 +15,11 @@ import pytest
 from nagaya import host
 from nagaya.api import server
 from nagaya.errors import InvalidInput, OutOfResources
+from nagaya.machine.driver import INBOX_MAX, Driver, Prepared
+from nagaya.model.machine import Accelerator, Crashed, MachineSpec
 from nagaya.node.identity import Identities
+from tests.fakes.machine import FakeMachine
+from tests.fakes.qmp import Reply, Wait
 from tests.unit.api_fixtures import Api, serving
 
 NAGAYA = Path(sys.executable).parent / "nagaya"
@@ -127,6 +131,40 @@ def test_processes_are_known_by_the_user_they_run_as() -> None:
     mine = host.processes_of(os.geteuid())
     assert mine[os.getpid()] == host.process_start_time(os.getpid())
     assert host.processes_of(2**31 - 7) == {}
+
+
+# --- a QEMU that its guest took over ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["RESET", "STOP", "NIC_RX_FILTER_CHANGED"])
+async def test_events_without_end_are_not_kept(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It talks on while the driver waits for an answer, and does not end when it is told to."""
+    monkeypatch.setattr("nagaya.machine.driver.QUIT_TIMEOUT_S", 0.2)
+    answered = asyncio.Event()
+    async with FakeMachine(tmp_path) as machine:
+        driver = Driver("id", data=machine.data, runtime=machine.runtime, prepare=unprepared, report=lambda _: None)
+        driver.start()
+        await driver.known()
+        machine.qmp.script = lambda *_: [Wait(answered), Reply({"status": "running"})]
+        machine.qmp.emit("STOP")
+        async with asyncio.timeout(20):
+            for _ in range(100):
+                for _ in range(30):
+                    machine.qmp.emit(name, guest=True, padding="x" * 1000)
+                while machine.qmp.pending():
+                    await asyncio.sleep(0.001)
+            assert len(driver._inbox) <= INBOX_MAX
+            answered.set()
+            while name != "NIC_RX_FILTER_CHANGED" and not isinstance(driver.state, Crashed):
+                await asyncio.sleep(0.01)
+        if name == "STOP":
+            assert isinstance(driver.state, Crashed)
+            assert "flooded" in driver.state.why
+        await driver.close()
+
+
+async def unprepared(spec: MachineSpec, avoid: Accelerator | None) -> Prepared:
+    raise AssertionError("nothing is to be launched")
 
 
 # --- the port, for those who have no token ---------------------------------------------------------------------------
