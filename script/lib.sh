@@ -139,7 +139,7 @@ need_qemu_tools() {
     local version
     version=$(qemu_version_of qemu-img)
     if ! version_at_least "${version:-0}" "$qemu_minimum"; then
-        need qemu-utils "makes and checks disks (qemu-img${version:+ $version is here, $qemu_minimum is needed})"
+        need qemu-utils "makes and checks disks (qemu-img ${version:-is missing}${version:+ is here, $qemu_minimum is needed})"
         needed_qemu+=(qemu-utils)
     fi
 }

@@ -23,6 +23,7 @@ import structlog
 from nagaya import host
 from nagaya.api.app import create_app
 from nagaya.api.server import serve
+from nagaya.cli import output
 from nagaya.control.plane import Plane
 from nagaya.control.store import Store
 from nagaya.errors import DatabaseLocked, InvalidInput, NagayaError
@@ -118,11 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         listen = parse_listen(arguments.listen) if arguments.listen else None
         asyncio.run(run_server(paths, settings, listen))
     except NagayaError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        if error.command:
-            print(f"try: {error.command}", file=sys.stderr)
+        output.error(error)
         return 3
     return 0
 

@@ -127,8 +127,10 @@ async def test_a_panic_is_a_crash_with_the_kernels_own_words(image: Path, tmp_pa
             state = await machine.wait(lambda state: isinstance(state, Stopped | Crashed), 30)
         assert isinstance(state, Crashed)
         assert "panicked" in state.why
-        assert state.hint is not None
-        assert "Kernel panic" in state.hint or "Kernel panic" in machine.driver.serial_log().decode(errors="replace")
+        assert state.last_words
+        assert "Kernel panic" in state.last_words or "Kernel panic" in machine.driver.serial_log().decode(
+            errors="replace"
+        )
 
 
 async def test_a_killed_qemu_is_a_crash_with_its_signal_within_two_seconds(image: Path, tmp_path: Path) -> None:

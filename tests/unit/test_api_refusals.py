@@ -24,8 +24,8 @@ async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Api]:
     [
         ({"image": "tiny", "cpu": 2}, "There is no field 'cpu' here; did you mean 'cpus'?"),
         ({}, "The field 'image' is missing"),
-        ({"image": "tiny", "cpus": "two"}, "cpus: expected int"),
-        ({"image": "tiny", "cpus": 0}, "cpus: expected int >= 1"),
+        ({"image": "tiny", "cpus": "two"}, 'cpus cannot be "two": expected int'),
+        ({"image": "tiny", "cpus": 0}, "cpus cannot be 0: the least is 1"),
         ({"image": "tiny", "name": "Web_1"}, "'name' takes a DNS label"),
         ({"image": "tiny", "architecture": "vax"}, "'architecture' takes one of x86_64, aarch64, ppc64le, s390x"),
         ([], "expected object, got array"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,7 +156,9 @@ def test_run_tells_why_a_machine_is_not_made(server: FakeServer, run: Run, capsy
     refused = problem(507, "out-of-resources", "host1 has 1.2 GiB free", hint="Reduce it", command="nagaya ls")
     server.on("POST /machines", (507, refused))
     assert run("run", "tiny", "web1") == 5
-    assert capsys.readouterr().err == "error: host1 has 1.2 GiB free\nhint:  Reduce it\ntry:   nagaya ls\n"
+    err = capsys.readouterr().err
+    # The command proposed is for the server that was asked.
+    assert re.fullmatch(r"error: host1 has 1.2 GiB free\nhint:  Reduce it\ntry:   nagaya ls --data /\S+\n", err)
 
 
 def test_a_failed_task_fails_the_command(server: FakeServer, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,10 +174,12 @@ def test_waiting_for_a_machine_that_crashed_ends_at_once(
 ) -> None:
     server.on("POST /machines", accepted())
     server.on("GET /tasks/task-web1", task("machine.create"))
-    server.on("GET /machines/id-of-web1", machine(state="crashed", state_detail={"why": "panic"}))
+    server.on(
+        "GET /machines/id-of-web1", machine(state="crashed", state_detail={"why": "panic", "last_words": "one\ntwo"})
+    )
     assert run("run", "tiny", "web1", "--wait") == 1
     err = capsys.readouterr().err
-    assert "will not be ready: panic" in err
+    assert "will not be ready: panic\nlast words:\n  | one\n  | two\nhint:" in err
     assert "nagaya diagnose web1" in err
 
 
@@ -263,8 +268,20 @@ def test_events_follow_goes_on_where_the_page_ended(
         return b": hello\n\n" + b"id: 8\nevent: machine.state\ndata: " + json.dumps(event(8)).encode() + b"\n\n"
 
     server.on("GET /events", events)
-    assert run("events", "--follow", "-o", "json") == 0
-    assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == [7, 8]
+    assert run("events", "--follow", "-o", "json") == 3
+    said = capsys.readouterr()
+    assert [json.loads(line)["seq"] for line in said.out.splitlines()] == [7, 8]
+    assert "The server ended the stream" in said.err
+
+
+def test_an_event_takes_one_line_and_leaves_words_of_many_to_show(
+    server: FakeServer, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"state": "crashed", "why": "it\npanicked", "last_words": "a\nb", "error": {"code": "launch-failed"}}
+    server.on("GET /events", {"items": [{**event(7), "data": data}], "next": None})
+    assert run("events") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("state=crashed why=it panicked")
 
 
 def test_doctor_fails_when_something_is_wrong(server: FakeServer, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,8 +299,9 @@ def test_doctor_fails_when_something_is_wrong(server: FakeServer, run: Run, caps
     [
         (("run", "tiny", "--memory", "many"), "'many' is no size"),
         (("run", "tiny", "--cpus", "0"), "--cpus"),
-        (("run",), "image"),
-        (("frobnicate",), "frobnicate"),
+        (("run",), "parameter IMAGE requires"),
+        (("frobnicate",), 'error: Unknown command "frobnicate"\ntry:   nagaya --help\n'),
+        (("logs", "web1", "--bytes", "1048577"), "1048576"),
         (("ls", "--output", "xml"), "xml"),
         (("ls", "--output"), "--output needs a value"),
         (("exec", "web1"), "No command was given"),
@@ -313,6 +331,16 @@ def test_up_beside_a_running_server_says_so(server: FakeServer, run: Run, capsys
     server.on("GET /server", {"version": "0.1", "pid": 7, "listen": ["unix:/x"]})
     assert run("up", "--detach") == 0
     assert capsys.readouterr().out == "Nagaya 0.1 runs already (process 7), on unix:/x\n"
+
+
+def test_up_in_the_background_ends_with_the_servers_own_words(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("up", "--detach", "--listen", "nonsense") == 3
+    told = [line for line in capsys.readouterr().err.splitlines() if line != "server: starting"]
+    assert told[0].startswith("error: 'nonsense' is no address")
+    assert told[1].startswith("hint:  Give it as HOST:PORT")
+    assert len(told) == 2
 
 
 def test_down_waits_for_the_process_to_end(server: FakeServer, run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def test_a_guest_that_shut_down_by_itself_did_so_whether_we_listened_or_not(hear
 
 def test_qemus_last_line_explains_its_exit_code() -> None:
     state = ending(exited(1), None, None, None, b"", "warning: x\nqemu: could not open disk\n")
-    assert state == Crashed("QEMU ended with exit code 1", 1, None, "qemu: could not open disk")
+    assert state == Crashed("QEMU ended with exit code 1", 1, last_words="warning: x\nqemu: could not open disk")
 
 
 def test_a_signal_is_named_and_a_kill_is_explained() -> None:
@@ -66,9 +66,10 @@ def test_control_characters_of_the_guest_never_reach_a_terminal() -> None:
     evil = b"\x1b]0;pwned\x07\x1b[2JKernel panic - not syncing: \x1b[31mred\r\n"
     state = ending(exited(), None, None, None, evil, "")
     assert isinstance(state, Crashed)
-    assert (state.why + (state.hint or "")).replace("\n", "").isprintable()
+    assert (state.why + (state.last_words or "")).replace("\n", "").isprintable()
+    assert "[2J" not in (state.last_words or "")  # nor the rest of a control sequence
 
 
 def test_what_the_driver_found_wins_and_gets_the_exit_added() -> None:
-    found = Crashed("Reboot loop", hint="last words")
-    assert ending(exited(0), None, "guest-reset", found, b"", "") == Crashed("Reboot loop", 0, None, "last words")
+    found = Crashed("Reboot loop", last_words="bye")
+    assert ending(exited(0), None, "guest-reset", found, b"", "") == Crashed("Reboot loop", 0, last_words="bye")

@@ -108,6 +108,21 @@ def test_a_failing_step_shows_its_last_words_and_what_to_do(tmp_path: Path) -> N
     assert "went on" not in answer.stdout
 
 
+def test_an_unknown_architecture_is_refused_once_and_before_anything_is_done(tmp_path: Path) -> None:
+    refused = subprocess.run(
+        [ROOT / "script/up", "--with-architectures", "aarch64,mips"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert refused.stderr.count("Failed:") == 1
+    assert "'mips' is none of x86_64, aarch64, ppc64le, s390x" in refused.stderr
+
+
 def test_an_unexpected_failure_is_not_silent(tmp_path: Path) -> None:
     answer = lib("false; echo went on", tmp_path)
     assert answer.returncode == 1

@@ -17,7 +17,7 @@ from alembic.migration import MigrationContext
 
 from nagaya.control import store as tables
 from nagaya.control.store import REVISIONS, Store, events, machines, metadata
-from nagaya.errors import DatabaseLocked, DataTooNew
+from nagaya.errors import DatabaseLocked, DataTooNew, StartupError
 
 pytest_plugins = ("tests.postgres_fixtures", "tests.store_fixtures")
 
@@ -64,6 +64,15 @@ async def test_a_database_of_a_newer_version_is_refused_with_both_revisions(wher
         await Store.open(where)
     assert refused.value.details == {"found": "9999", "known": REVISIONS[-1]}
     assert "9999" in refused.value.message
+
+
+async def test_a_file_that_is_no_database_is_refused_in_words(tmp_path: Path) -> None:
+    database = tmp_path / "nagaya.db"
+    database.write_text("this was a database once\n")
+    with pytest.raises(StartupError, match="file is not a database") as refused:
+        await Store.open(database)
+    assert str(database) in refused.value.message
+    assert refused.value.hint
 
 
 async def test_a_database_that_another_process_writes_to_is_named(

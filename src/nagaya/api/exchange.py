@@ -127,14 +127,22 @@ def explain(struct: type[wire.Body], error: Exception, content: bytes) -> Invali
         message = f"{field}: {said}" if field else text
     elif expected and "matching regex" in said:
         # The hint says in words what the pattern says.
-        message = f"{given} cannot be the {field}"
+        message = f"{field} cannot be {given}"
     else:
-        message = f"{given} cannot be the {field}: {said}"
+        message = f"{field} cannot be {given}: {_BOUND.sub(_bound, said)}"
     return InvalidInput(
         message,
-        hint=expected and f"'{field}' takes {expected}",
+        hint=expected and (f"'{field}': {expected}" if expected[0].isupper() else f"'{field}' takes {expected}"),
         details={"field": field or None, "error": text, "expected": expected},
     )
+
+
+_BOUND = re.compile(r"expected \w+ ([<>])= (\S+)")
+
+
+def _bound(found: re.Match[str]) -> str:
+    """``expected int >= 96`` in words."""
+    return f"the {'least' if found[1] == '>' else 'most'} is {found[2]}"
 
 
 def _given(content: bytes, field: str) -> str | None:

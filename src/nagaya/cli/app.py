@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from nagaya.cli import follow, output
 from nagaya.cli.client import Answered, Client, ServerUnreachable, Target
 from nagaya.cli.follow import Abandoned
 from nagaya.errors import InvalidInput, NagayaError, StartupError, TimedOut
+from nagaya.text import printable
 
 GLOBAL_OPTIONS = """\
 Options of every command (anywhere before `--`):
@@ -55,10 +57,18 @@ class Session:
         if not self.silent:
             output.note(text)
 
+    def fail(self, error: NagayaError) -> None:
+        """Write an error. The command it proposes works on the server that this call was meant for."""
+        command = error.command or ""
+        if self.data and command.startswith("nagaya ") and not command.endswith("--help"):
+            ours, dashes, guests = command.partition(" -- ")
+            error.command = f"{ours} --data {shlex.quote(self.data)}{dashes}{guests}"
+        output.error(error)
+
     def say(self, text: str) -> None:
         """An outcome, for people."""
         if not self.silent:
-            print(output.printable(text))
+            print(printable(text))
 
 
 Given = Annotated[Session, Parameter(parse=False)]
@@ -137,6 +147,7 @@ def exit_code(error: NagayaError) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line; the exit code."""
+    session = Session()
     try:
         session, rest = split(argv)
         load()
@@ -150,7 +161,7 @@ def run(argv: Sequence[str]) -> int:
     except Exit as ended:
         return ended.code
     except NagayaError as error:
-        output.error(error)
+        session.fail(error)
         return exit_code(error)
     except KeyboardInterrupt:
         return 130
@@ -170,7 +181,10 @@ def _usage(error: CycloptsError, argv: Sequence[str]) -> InvalidInput:
             break
         known = known[word]
         path.append(word)
-    message = str(error).strip().rstrip(".") or "The command line is not understood"
+    # Which commands there are is what --help says, each with its purpose.
+    message = (
+        str(error).partition(" Available commands:")[0].strip().rstrip(".") or "The command line is not understood"
+    )
     hint = "Words for the guest follow after --: nagaya exec NAME -- CMD" if path == ["exec"] else None
     return InvalidInput(message, hint=hint, command=" ".join(["nagaya", *path, "--help"]))
 
@@ -211,7 +225,7 @@ def each(
     elif session.form != "table":
         output.data(done[0] if len(names) == 1 and done else done, session.form)
     for failed in failures:
-        output.error(failed)
+        session.fail(failed)
     if failures:
         raise Exit(exit_code(failures[0]))
     return done

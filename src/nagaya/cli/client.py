@@ -28,6 +28,10 @@ ANSWER_S = 60.0
 """How long an answer may take beyond what the request itself asks the server to wait."""
 
 
+NOBODY = (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)
+"""How connecting to a unix socket fails where no server runs."""
+
+
 class ServerUnreachable(NagayaError):
     """Nobody answers where the server should be (exit code 3)."""
 
@@ -267,7 +271,7 @@ class Client:
                 f"{self.target} may not be used by this user: {reason}",
                 hint="Use the account that started the server (sudo), or a server of your own with --data DIR",
             )
-        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        if isinstance(error, NOBODY):
             return ServerUnreachable(
                 f"No server runs here (nobody answers at {self.target})",
                 hint="Start it; machines that ran before are taken over as they are",

@@ -31,6 +31,7 @@ class Ended:
     reason: str
     clean: bool
     """False when the conversation was cut off rather than ended."""
+    server_gone: bool = False
 
 
 def parse_key(text: str) -> bytes:
@@ -47,7 +48,7 @@ def parse_key(text: str) -> bytes:
 
 def _why(error: ConnectionClosed) -> Ended:
     if error.rcvd is None:
-        return Ended("the server went away", False)
+        return Ended("the server went away", False, server_gone=True)
     if error.rcvd.code in (1000, 1001):
         return Ended(error.rcvd.reason or "the server ended it", True)
     return Ended(error.rcvd.reason or f"the server ended it (code {error.rcvd.code})", False)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nagaya.cli import output
 from nagaya.cli.client import Answered, Client, Json
 from nagaya.errors import NagayaError, TimedOut
+from nagaya.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -80,7 +81,7 @@ class Display:
                 transient=True,
             )
             self._progress.start()
-        message = output.printable(message)
+        message = printable(message)
         if name not in self._bars:
             self._bars[name] = self._progress.add_task("", total=None, name=name, message=message)
         total = None if fraction is None else 1.0
@@ -182,7 +183,8 @@ def _unready(seen: Mapping[str, Any], wait: str) -> NagayaError:
     return Answered(
         {
             "detail": f"{seen['name']} is {seen['state']} and will not be {wait}: {why}",
-            "hint": seen["state_detail"].get("hint") or "See what it and QEMU said last",
+            "hint": seen["state_detail"].get("hint") or "See everything that is known of it",
+            "details": {"last_words": seen["state_detail"].get("last_words")},
             "command": f"nagaya diagnose {seen['name']}",
         }
     )

@@ -13,9 +13,10 @@ from cyclopts.types import PositiveInt
 
 from nagaya.cli import follow, output
 from nagaya.cli.app import Exit, Given, Session, app
-from nagaya.cli.client import Answered
+from nagaya.cli.client import Answered, ServerUnreachable
 from nagaya.cli.machines import Architecture, event_words, findings
 from nagaya.errors import InvalidInput
+from nagaya.text import printable
 
 Follow = Annotated[bool, Parameter(name=("--follow", "-f"), negative=())]
 TaskState = Literal["pending", "running", "undoing", "done", "failed"]
@@ -55,6 +56,8 @@ def events(*, follow: Follow = False, limit: PositiveInt = 50, object: str | Non
         else:
             for event in page["items"]:
                 _event(session, event)
+            if not page["items"]:
+                session.nothing("No events")
         return
     try:
         for event in _all(session, page, object):
@@ -70,11 +73,16 @@ def _all(session: Session, page: Mapping[str, Any], object: str | None) -> Itera
     for event in session.client.events("/events", after=after):
         if object is None or object in (event["object_id"], event["object_name"]):
             yield event
+    raise ServerUnreachable(
+        "The server ended the stream of events",
+        hint="It was stopped or killed; machines run on, and events go on when it is started again",
+        command="nagaya up --detach",
+    )
 
 
 def _event(session: Session, event: Mapping[str, Any]) -> None:
     if session.form == "table":
-        print(f"{output.when(event['at'])}  {output.printable(event_words(event))}", flush=True)
+        print(f"{output.when(event['at'])}  {printable(event_words(event))}", flush=True)
     elif session.form == "json":
         print(json.dumps(event, ensure_ascii=False), flush=True)
     else:

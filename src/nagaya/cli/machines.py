@@ -11,21 +11,27 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
 from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
+from cyclopts.validators import Number
 
 from nagaya.cli import follow, output
 from nagaya.cli.app import Exit, Given, Session, app, each
-from nagaya.cli.client import Answered
+from nagaya.cli.client import Answered, ServerUnreachable
 from nagaya.errors import InvalidInput, NagayaError
+from nagaya.text import printable
 
 READY_S = 300.0
 """How long ``--wait`` waits when nothing else is said: several times a slow guest's boot under emulation."""
+
+
+class Size(int):
+    """MiB, as the help names them: ``--memory SIZE``."""
 
 
 def _size(_: type, tokens: Sequence[Token]) -> int:
     return output.parse_size_mib(tokens[0].value)
 
 
-Size = Annotated[int | None, Parameter(converter=_size, n_tokens=1, accepts_keys=False)]
+OptionalSize = Annotated[Size | None, Parameter(converter=_size, n_tokens=1, accepts_keys=False)]
 Names = Annotated[list[str], Parameter(negative=())]
 Architecture = Literal["x86_64", "aarch64", "ppc64le", "s390x"]
 Accelerator = Literal["kvm", "hvf", "whpx", "tcg"]
@@ -54,14 +60,15 @@ def _flat(words: str | None) -> str:
     return f" ({words})" if words else ""
 
 
-@app.command
+@app.command(usage="Usage: nagaya run [OPTIONS] IMAGE [NAME]")
 def run(
     image: str,
+    /,
     name: str | None = None,
     *,
     cpus: PositiveInt = 1,
-    memory: Size = None,
-    disk: Size = None,
+    memory: OptionalSize = None,
+    disk: OptionalSize = None,
     architecture: Architecture | None = None,
     accelerator: Accelerator | None = None,
     accelerator_fallback: Annotated[bool, Parameter(negative=())] = False,
@@ -258,7 +265,11 @@ def show(names: Names, /, *, session: Given) -> None:
 
 def _describe(seen: Mapping[str, Any]) -> None:
     detail = seen["state_detail"]
-    more = [f"{key.replace('_', ' ')} {value}" for key, value in detail.items() if value is not None and key != "why"]
+    more = [
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in detail.items()
+        if value is not None and key not in ("why", "hint", "last_words")
+    ]
     why = ", ".join([*([str(detail["why"])] if detail.get("why") else []), *more])
     error = seen["error"]
     output.block(
@@ -268,7 +279,8 @@ def _describe(seen: Mapping[str, Any]) -> None:
             ("State", seen["state"] + (", ready" if seen["ready"] else "") + _flat(why)),
             ("Wanted", seen["desired_state"]),
             ("Error", error and error["detail"]),
-            ("Hint", error and error.get("hint")),
+            ("Hint", error.get("hint") if error else detail.get("hint")),
+            ("Last words", detail.get("last_words")),
             ("Node", seen["node"]),
             ("Image", f"{seen['image']} ({seen['architecture']})"),
             ("Accelerator", (seen["accelerator"] or "chosen at start") + _flat(seen["accelerator_reason"])),
@@ -413,7 +425,7 @@ def change(
     /,
     *,
     cpus: PositiveInt | None = None,
-    memory: Size = None,
+    memory: OptionalSize = None,
     restart: Restart | None = None,
     session: Given,
 ) -> None:
@@ -495,6 +507,12 @@ def console(
     key = parse_key(leave_key)
     with session.client.websocket(f"/machines/{name}/console") as connection:
         ended = attach(connection, name, key, leave_key, linger)
+    if ended.server_gone:
+        raise ServerUnreachable(
+            f"The console of {name} ended: {ended.reason}",
+            hint="The machine runs on; start the server, and join again",
+            command="nagaya up --detach",
+        )
     if not ended.clean:
         raise NagayaError(
             f"The console of {name} ended: {ended.reason}",
@@ -511,7 +529,7 @@ def logs(
     /,
     *,
     follow: Annotated[bool, Parameter(name=("--follow", "-f"), negative=())] = False,
-    bytes: PositiveInt = 262144,
+    bytes: Annotated[PositiveInt, Parameter(validator=Number(lte=2**20))] = 262144,
     session: Given,
 ) -> None:
     """Show what a machine wrote on its serial console, also when it has stopped.
@@ -535,13 +553,13 @@ def logs(
 
 def _write_log(content: bytes) -> None:
     if sys.stdout.isatty():
-        sys.stdout.write(output.printable(content.decode(errors="replace")))
+        sys.stdout.write(printable(content.decode(errors="replace")))
     else:
         sys.stdout.buffer.write(content)
     sys.stdout.flush()
 
 
-@app.command(name="exec")
+@app.command(name="exec", usage="Usage: nagaya exec [OPTIONS] NAME -- COMMAND [ARGUMENT...]")
 def execute(
     name: str,
     /,
@@ -609,14 +627,14 @@ def diagnose(name: str, /, *, session: Given) -> None:
     if found["events"]:
         _heading("Events")
         for event in found["events"]:
-            print(f"{output.when(event['at'])}  {output.printable(event_words(event))}")
+            print(f"{output.when(event['at'])}  {printable(event_words(event))}")
     for title, text in (("QEMU's last words", found["qemu_log"]), ("The guest's last words", found["serial_log"])):
         if text.strip():
             _heading(title)
-            print("\n".join(output.printable(text).rstrip().splitlines()[-25:]))
+            print("\n".join(printable(text).rstrip().splitlines()[-25:]))
     if found["next_commands"]:
         _heading("Try next")
-        print("\n".join(output.printable(command) for command in found["next_commands"]))
+        print("\n".join(printable(command) for command in found["next_commands"]))
 
 
 def _heading(text: str) -> None:
@@ -628,14 +646,19 @@ def findings(found: Sequence[Mapping[str, Any]]) -> None:
     width = max(len(finding["name"]) for finding in found)
     for finding in found:
         level = output.styled(finding["level"].ljust(7), output.state_style(finding["level"]), sys.stdout)
-        print(f"{level}  {output.printable(finding['name']).ljust(width)}  {output.printable(finding['message'])}")
+        print(f"{level}  {printable(finding['name']).ljust(width)}  {printable(finding['message'])}")
         for label, key in (("hint: ", "hint"), ("try:  ", "command")):
             if finding.get(key) and finding["level"] != "ok":
-                print(" " * (width + 11) + label + output.printable(finding[key]))
+                print(" " * (width + 11) + label + printable(finding[key]))
 
 
 def event_words(event: Mapping[str, Any]) -> str:
     """An event on one line: what, of which object, and the figures that came with it."""
-    figures = " ".join(f"{key}={value}" for key, value in event["data"].items() if value not in (None, "", {}, []))
+    figures = " ".join(
+        f"{key}={' '.join(str(value).split())}"
+        for key, value in event["data"].items()
+        # What is longer than a line is for `show` and `diagnose`; an error's own text is the reason in `why`.
+        if value not in (None, "", {}, []) and key not in ("hint", "last_words", "error")
+    )
     who = f" by {event['actor']}" if event["actor"] else ""
     return f"{event['kind']}  {event['object_name'] or event['object_id'] or '-'}{who}  {figures}".rstrip()

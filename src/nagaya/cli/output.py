@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 from nagaya.errors import NagayaError
+from nagaya.text import last_lines, printable
 
 Format = Literal["table", "json", "yaml"]
 
@@ -96,12 +97,6 @@ def age(text: str | None) -> str:
     return duration((datetime.now(UTC) - datetime.fromisoformat(text)).total_seconds()) if text else "-"
 
 
-def printable(text: str) -> str:
-    """A guest's words without what could command a terminal: control characters go, lines and tabs stay."""
-    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])", "", text)
-    return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
-
-
 # --- data ------------------------------------------------------------------------------------------------------
 
 
@@ -173,10 +168,17 @@ def data(value: Any, form: Format) -> None:
 # --- errors ----------------------------------------------------------------------------------------------------
 
 
+_WORDS = {"stderr": "QEMU's last words", "serial": "the guest's last words", "last_words": "last words"}
+
+
 def error(problem: NagayaError, stream: TextIO | None = None) -> None:
-    """What happened and why, what to do, and a command that does it."""
+    """What happened and why, what was said last, what to do, and a command that does it."""
     stream = stream or sys.stderr
     lines = [styled("error:", "red", stream) + " " + printable(problem.message)]
+    for key, whose in _WORDS.items():
+        said = last_lines(str(problem.details.get(key) or ""), 8)
+        if said and said not in problem.message:
+            lines += [f"{whose}:", *(f"  | {line}" for line in said.split("\n"))]
     if problem.hint:
         lines.append(styled("hint:", "yellow", stream) + "  " + printable(problem.hint))
     if problem.command:

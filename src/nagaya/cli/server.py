@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import time
@@ -13,7 +14,7 @@ from cyclopts.types import PositiveFloat
 
 from nagaya.cli import follow, output
 from nagaya.cli.app import Given, Session, app
-from nagaya.cli.client import Client, ServerUnreachable, Target
+from nagaya.cli.client import NOBODY, Client, ServerUnreachable, Target
 from nagaya.cli.machines import stopped_line
 from nagaya.errors import NagayaError, StartupError, TimedOut
 from nagaya.paths import Paths
@@ -34,7 +35,7 @@ def _answers(client: Client) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = client.get("/server", answer_s=10.0)
     except ServerUnreachable as error:
-        if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+        if isinstance(error.__cause__, NOBODY):
             return None
         raise
     return found
@@ -96,8 +97,9 @@ def _until_it_answers(
                 if (other := _answers(client)) is not None:
                     return other  # somebody else started one at the same moment, and ours gave way
                 ended = f"signal {-status}" if status < 0 else f"exit code {status}"
-                raise StartupError(
-                    f"The server ended while it started, with {ended}. It said:\n{_said(paths, begun)}",
+                said = _said(paths, begun)
+                raise _refusal(said) or StartupError(
+                    f"The server ended while it started, with {ended}. It said:\n{said}",
                     hint=f"All it said is in {paths.server_log}",
                 )
             if time.monotonic() > deadline:
@@ -119,6 +121,12 @@ def _said(paths: Paths, begun: int) -> str:
         log.seek(begun)
         lines = log.read().decode(errors="replace").strip().splitlines()
     return "\n".join(f"  {line}" for line in lines[-12:]) or "  nothing"
+
+
+def _refusal(said: str) -> StartupError | None:
+    """The error that the server itself ended with, as :func:`nagaya.cli.output.error` writes one."""
+    found = re.search(r"^  error: (.*?)(?:\n  hint: +(.*?))?(?:\n  try: +(.*?))?\Z", said, re.DOTALL | re.MULTILINE)
+    return StartupError(found[1].replace("\n  ", "\n"), hint=found[2], command=found[3]) if found else None
 
 
 def _report(session: Session, found: dict[str, Any], how: str) -> None:
@@ -199,5 +207,5 @@ def _stop_all(session: Session, client: Client) -> None:
             session.say(stopped_line(client.get(f"/machines/{machine['id']}")))
     if failures:
         for error in failures[1:]:
-            output.error(error)
+            session.fail(error)
         raise failures[0]

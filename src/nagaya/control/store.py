@@ -316,12 +316,19 @@ class Store:
     async def open(cls, where: Path | str) -> Store:
         """Open the database, making or upgrading it; a path is SQLite, a string is an SQLAlchemy URL.
 
-        Raises DataTooNew when a newer program has upgraded it, DatabaseLocked when another process writes to it.
+        Raises DataTooNew when a newer program has upgraded it, DatabaseLocked when another process writes to it,
+        StartupError when it is damaged or no database.
         """
         url = sa.make_url(where) if isinstance(where, str) else sa.URL.create("sqlite", database=str(where))
         store = cls(*(_sqlite(url.database or "") if url.get_backend_name() == "sqlite" else _server(url)))
         try:
             await store._prepare(str(where))
+        except sa.exc.DatabaseError as error:
+            await store.close()
+            raise StartupError(
+                f"The database {where} cannot be used: {error.orig}",
+                hint="Bring back a copy of it, or use other data (NAGAYA_DATA); machines that run are not touched",
+            ) from error
         except BaseException:
             await store.close()
             raise
@@ -380,8 +387,7 @@ class Store:
                 if found is not None and found not in REVISIONS:
                     raise DataTooNew(
                         f"The database {where} has revision {found}, and this program knows up to {REVISIONS[-1]}",
-                        hint="A newer version of Nagaya has upgraded it. Start that version, or use other data",
-                        command="nagaya --version",
+                        hint="A newer version of Nagaya has upgraded it. Start that, or use other data (NAGAYA_DATA)",
                         details={"found": found, "known": REVISIONS[-1]},
                     )
                 if found != REVISIONS[-1]:

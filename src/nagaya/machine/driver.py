@@ -63,6 +63,7 @@ from nagaya.model.machine import (
     state_name,
 )
 from nagaya.model.node import Executed, Finding
+from nagaya.text import last_lines, printable
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,6 @@ QUIT_TIMEOUT_S: Final = 5.0
 """How long QEMU may take to flush its disks and end before it is killed."""
 RETRY_S: Final = 5.0
 PRESS_AGAIN_S: Final = 2.0
-EVENTS: Final = frozenset({"STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"})
-"""What QEMU says by itself and is listened to."""
-INBOX_MAX: Final = 1000
-"""Events that may wait to be seen to; QEMU has a handful to tell at most."""
 RESETS_MAX: Final = 3
 """A guest that resets itself this often without becoming ready is in a reboot loop."""
 ROOM_MIB: Final = 64
@@ -524,8 +521,8 @@ class Driver:
         exit = run.exit
         facts = run.notes.facts
         words = processes.qemu_log(self._runtime)
-        last = _last_lines(words, 1)
-        serial = _last_lines(self.serial_log(8192).decode(errors="replace"), 5)
+        last = last_lines(words, 1)
+        serial = last_lines(self.serial_log(8192).decode(errors="replace"), 5)
         error = LaunchFailed(
             f"QEMU {_how(exit)} while it started: {last or cause.message}",
             hint="Its own words are in the details; `nagaya diagnose` gathers the rest",
@@ -537,7 +534,7 @@ class Driver:
             log.warning("%s: %s failed, trying the next accelerator: %s", self.id, facts.accelerator, error.message)
             await self._launch(wanted, facts.accelerator)
             return
-        crashed = Crashed(error.message, exit.code, exit.signal, last or serial or None)
+        crashed = Crashed(error.message, exit.code, exit.signal, last_words=serial or last_lines(words, 5) or None)
         await self._launch_failed(wanted.incarnation, error, crashed, run)
 
     async def _launch_failed(self, incarnation: int, error: NagayaError, crashed: Crashed, run: _Run | None) -> None:
@@ -579,7 +576,7 @@ class Driver:
         run.monitor = await Monitor.connect(
             self._runtime / "qmp.sock",
             timeout_s=timeout_s,
-            on_event=lambda name, data, _: self._heard(run, name, data),
+            on_event=lambda name, data, _: self._post(run, lambda: self._event(run, name, data)),
             # Usually QEMU has ended, and its exit record says so in a moment; only then is it opened again.
             on_closed=lambda: self._later(run, 1.0, "attach"),
         )
@@ -628,17 +625,6 @@ class Driver:
 
     # --- what happens to a run ---
 
-    def _heard(self, run: _Run, name: str, data: Mapping[str, Any]) -> None:
-        """Keep of an event what matters: a QEMU that its guest took over says what it likes, as often as it likes."""
-        if name not in EVENTS:
-            return
-        if len(self._inbox) < INBOX_MAX:
-            kept = {"guest": bool(data.get("guest")), "reason": str(data.get("reason", ""))[:100]}
-            self._post(run, lambda: self._event(run, name, kept))
-        elif run.failed is None:
-            run.failed = Crashed(f"QEMU flooded its monitor: more than {INBOX_MAX} events at once")
-            self._wake.set()
-
     def _event(self, run: _Run, name: str, data: Mapping[str, Any]) -> None:
         match name:
             case "STOP" | "RESUME":
@@ -672,11 +658,11 @@ class Driver:
             self._state = replace(self._state, ready=False)
         if run.resets >= RESETS_MAX:
             why = f"Reboot loop: the guest reset itself {run.resets} times without becoming ready"
-            run.failed = Crashed(why, hint=_last_lines(wrote.decode(errors="replace"), 5) or None)
+            run.failed = Crashed(why, last_words=last_lines(wrote.decode(errors="replace"), 5) or None)
 
     def _panicked(self, run: _Run, why: str) -> None:
         wrote = run.console.history() if run.console else self.serial_log(8192)
-        run.failed = Crashed(_panic(wrote) or why, hint=_last_lines(wrote.decode(errors="replace"), 5) or None)
+        run.failed = Crashed(_panic(wrote) or why, last_words=last_lines(wrote.decode(errors="replace"), 5) or None)
 
     async def _query(self, run: _Run) -> None:
         """Ask QEMU what it does, and take over the answer unless the machine is being stopped."""
@@ -695,8 +681,8 @@ class Driver:
         elif status == "guest-panicked":
             self._panicked(run, "The guest's kernel panicked")
         elif status == "internal-error":
-            words = _last_lines(processes.qemu_log(self._runtime), 3)
-            run.failed = Crashed("The accelerator failed while the guest ran", hint=words or None)
+            words = last_lines(processes.qemu_log(self._runtime), 3)
+            run.failed = Crashed("The accelerator failed while the guest ran", last_words=words or None)
         elif status != "shutdown":  # then it is about to end, and its exit says more
             self._state = Paused(PauseReason.USER, ready)
 
@@ -861,14 +847,13 @@ def ending(
     if asked == "power-off" or (asked is not None and exit.code == 0):
         return Stopped(f"requested ({asked})")
     if exit.code is not None and (panic := _panic(serial)):  # QEMU itself ends with 1 then
-        return Crashed(panic, exit.code, None, _last_lines(serial.decode(errors="replace"), 5))
+        return Crashed(panic, exit.code, last_words=last_lines(serial.decode(errors="replace"), 5))
     if exit.code == 0 and shutdown in (None, "guest-shutdown"):
         return Stopped("guest shut down")
-    hint = _last_lines(qemu_log, 1) or None
-    if exit.signal == signals.SIGKILL:
-        hint = "Killed from outside: by somebody, or by the kernel for lack of memory (`dmesg` tells)"
+    killed = exit.signal == signals.SIGKILL
+    hint = "Killed from outside: by somebody, or by the kernel for lack of memory (`dmesg` tells)" if killed else None
     how = "was told to end by a signal" if shutdown == "host-signal" else _how(exit)
-    return Crashed(f"QEMU {how}", exit.code, exit.signal, hint)
+    return Crashed(f"QEMU {how}", exit.code, exit.signal, hint, last_lines(qemu_log, 3) or None)
 
 
 def _how(exit: Exit) -> str:
@@ -880,16 +865,7 @@ def _how(exit: Exit) -> str:
 def _panic(serial: bytes) -> str | None:
     """The kernel's own words when it panicked; the guest may lie, and only about itself."""
     found = re.findall(rb"Kernel panic - not syncing: ([^\r\n]{1,200})", serial[-16384:])
-    return f"The guest's kernel panicked: {_printable(found[-1].decode(errors='replace'))}" if found else None
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-
-
-def _last_lines(text: str, count: int) -> str:
-    lines = [line.strip() for line in _printable(text.replace("\r", "")).split("\n") if line.strip()]
-    return "\n".join(line[-500:] for line in lines[-count:])
+    return f"The guest's kernel panicked: {printable(found[-1].decode(errors='replace'))}" if found else None
 
 
 # --- what is kept ------------------------------------------------------------------------------------------------

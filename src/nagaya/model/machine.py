@@ -149,6 +149,8 @@ class Crashed:
     exit_code: int | None = None
     signal: int | None = None
     hint: str | None = None
+    last_words: str | None = None
+    """What the guest, or QEMU where the guest said nothing, wrote last: a few lines."""
 
 
 @dataclass(frozen=True, slots=True)

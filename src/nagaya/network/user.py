@@ -20,6 +20,7 @@ from typing import Final
 from nagaya import host
 from nagaya.host import CommandFailed
 from nagaya.model.network import Network
+from nagaya.text import last_lines
 
 GUEST_ADDRESS: Final = "10.0.2.15"
 GATEWAY: Final = "10.0.2.2"
@@ -165,6 +166,9 @@ async def _trial(argv: tuple[str, ...], uid: int) -> str | None:
             await run
         except TimeoutError:
             return None
-        except (CommandFailed, OSError) as error:
+        except CommandFailed as error:
+            # Its last line says why; the ones before are warnings.
+            return last_lines(error.output, 1) or str(error)
+        except OSError as error:
             return str(error)
     return "it ended at once"

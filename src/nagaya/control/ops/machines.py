@@ -52,6 +52,7 @@ from nagaya.model.machine import (
     with_changes,
 )
 from nagaya.model.node import Claim, Denied, Emulator, NodeFacts, Verdict, admit, memory_budget_mib
+from nagaya.text import printable
 
 AT_REST: Final = ("stopped", "crashed", "suspended")
 WAITS: Final = ("ready", "running", "stopped", "deleted")
@@ -394,6 +395,14 @@ async def list(
     return wire.MachinePage(items=items, next=items[-1].name if len(rows) > size else None)
 
 
+_TO_RUN: Final = {
+    "paused": "nagaya resume {name}",
+    "stopped": "nagaya start {name} --wait",
+    "crashed": "nagaya start {name} --wait",
+}
+"""What brings a machine to where commands can be run in it."""
+
+
 @operation("machine.exec")
 async def execute(plane: Plane, caller: Caller, ident: str, command: wire.ExecCreate) -> wire.ExecResult:
     """Run a command in the guest, through its agent. Raises Conflict, GuestAgentUnavailable, TimedOut, InvalidInput."""
@@ -403,7 +412,12 @@ async def execute(plane: Plane, caller: Caller, ident: str, command: wire.ExecCr
         raise InvalidInput(f"stdin_base64 is not base64: {error}") from error
     # The arguments may be secret, so the record names the program only.
     row = await _noted(plane, ident, {"program": command.argv[0][:256], "arguments": len(command.argv) - 1})
-    done = await plane.nodes[row["node"]].execute(row["id"], command.argv, stdin, command.timeout_s)
+    try:
+        done = await plane.nodes[row["node"]].execute(row["id"], command.argv, stdin, command.timeout_s)
+    except Conflict as error:
+        way = _TO_RUN.get(row["state"], "nagaya logs {name}")
+        error.command = error.command or way.format(name=row["name"])
+        raise
     return wire.ExecResult(
         exit_code=done.exit_code,
         signal=done.signal,
@@ -441,9 +455,11 @@ async def diagnose(plane: Plane, caller: Caller, ident: str) -> wire.Diagnosis:
         recent = [views.event(event) for event in (await connection.execute(query)).mappings()]
         row = await _find(connection, row["id"])
     machine = views.machine(row)
-    findings = [views.finding(found) for found in told["findings"]]
-    if machine.error is not None:
-        problem = machine.error
+    problem = machine.error
+    # How a start failed is also how the machine ended: said once.
+    told_already = problem.detail if problem is not None else None
+    findings = [views.finding(found) for found in told["findings"] if found.message != told_already]
+    if problem is not None:
         findings.insert(
             0,
             wire.Finding(
@@ -455,7 +471,7 @@ async def diagnose(plane: Plane, caller: Caller, ident: str) -> wire.Diagnosis:
         findings=findings,
         events=recent[::-1],
         qemu_log=told["qemu_log"],
-        serial_log="".join(c for c in serial.decode(errors="replace") if c.isprintable() or c in "\n\t"),
+        serial_log=printable(serial.decode(errors="replace")),
         resources={"claim_mib": row["claim_mib"], **told["resources"]},
         next_commands=_next_commands(machine, findings),
     )
