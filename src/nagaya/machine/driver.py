@@ -75,6 +75,10 @@ QUIT_TIMEOUT_S: Final = 5.0
 """How long QEMU may take to flush its disks and end before it is killed."""
 RETRY_S: Final = 5.0
 PRESS_AGAIN_S: Final = 2.0
+EVENTS: Final = frozenset({"STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"})
+"""What QEMU says by itself and is listened to."""
+INBOX_MAX: Final = 1000
+"""Events that may wait to be seen to; QEMU has a handful to tell at most."""
 RESETS_MAX: Final = 3
 """A guest that resets itself this often without becoming ready is in a reboot loop."""
 ROOM_MIB: Final = 64
@@ -576,7 +580,7 @@ class Driver:
         run.monitor = await Monitor.connect(
             self._runtime / "qmp.sock",
             timeout_s=timeout_s,
-            on_event=lambda name, data, _: self._post(run, lambda: self._event(run, name, data)),
+            on_event=lambda name, data, _: self._heard(run, name, data),
             # Usually QEMU has ended, and its exit record says so in a moment; only then is it opened again.
             on_closed=lambda: self._later(run, 1.0, "attach"),
         )
@@ -624,6 +628,17 @@ class Driver:
             await self._quit(run)
 
     # --- what happens to a run ---
+
+    def _heard(self, run: _Run, name: str, data: Mapping[str, Any]) -> None:
+        """Keep of an event what matters: a QEMU that its guest took over says what it likes, as often as it likes."""
+        if name not in EVENTS:
+            return
+        if len(self._inbox) < INBOX_MAX:
+            kept = {"guest": bool(data.get("guest")), "reason": str(data.get("reason", ""))[:100]}
+            self._post(run, lambda: self._event(run, name, kept))
+        elif run.failed is None:
+            run.failed = Crashed(f"QEMU flooded its monitor: more than {INBOX_MAX} events at once")
+            self._wake.set()
 
     def _event(self, run: _Run, name: str, data: Mapping[str, Any]) -> None:
         match name:
