@@ -125,6 +125,20 @@ async def test_a_second_launch_is_refused_while_it_runs(machine: Machine) -> Non
     assert host.process_start_time(run.pid) == run.start_time
 
 
+async def test_a_program_that_lets_go_of_the_lock_is_found_all_the_same(machine: Machine) -> None:
+    run = await machine.launch(shell("flock --unlock 9; echo done >&14; exec sleep 60"))
+    await until(lambda: (machine.runtime / "serial.log").read_text() == "done\n")
+    found = machine.adopt()
+    assert isinstance(found, Process)
+    assert found.pid == run.pid
+
+
+async def test_what_stands_where_the_display_was_does_not_keep_the_exit_from_being_recorded(machine: Machine) -> None:
+    run = await machine.launch(shell("mkdir -p vnc/vnc.sock/full; exit 5"))
+    ended = await run.wait()
+    assert (ended.code, ended.known) == (5, True)
+
+
 async def test_an_incarnation_is_launched_once(machine: Machine) -> None:
     await (await machine.launch(shell("exit 0"))).wait()
     machine.incarnation = 0

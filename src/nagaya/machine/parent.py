@@ -396,7 +396,8 @@ def keep(orders: Orders, pid: int, helper: int | None) -> None:
 
 def finish(orders: Orders, status: int) -> None:
     for name in (*(name for _, name in orders["sockets"]), "vnc/vnc.sock"):
-        if os.path.lexists(name):
+        # QEMU may have put something else where its display was; a directory goes with the machine.
+        if os.path.islink(name) or (os.path.exists(name) and not os.path.isdir(name)):
             os.unlink(name)
     code, number = (None, -status) if status < 0 else (status, None)
     record = {"incarnation": orders["incarnation"], "boot_id": orders["boot_id"], "code": code, "signal": number}

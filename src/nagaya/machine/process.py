@@ -166,13 +166,16 @@ def adopt(runtime: Path, data: Path) -> Process | Exit | None:
     if incarnation == 0:
         return None
     deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-    while _launched_in_this_boot(data) and not _is_free(runtime):
+    while _launched_in_this_boot(data):
         try:
             process = _process_record(runtime, incarnation)
         except LaunchFailed:
             process = None
+        # Asked first: QEMU shares the lock, so one that its guest took over can let go of it, and run on.
         if process is not None and host.process_start_time(process.pid) == process.start_time:
             return process
+        if _is_free(runtime):
+            break
         if time.monotonic() > deadline:
             raise Conflict(
                 f"Something holds the lock of machine {runtime.name}, and its process record is missing or stale",
