@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             structlog.processors.TimeStamper("iso"),
             # Plain tracebacks: the default ones print local variables, secrets among them.
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+                colors=sys.stderr.isatty(), repr_native_str=True, exception_formatter=structlog.dev.plain_traceback
             ),
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -107,6 +107,15 @@ async def test_a_hostile_end_of_a_program_is_refused(tmp_path: Path, status: byt
             await Agent(guest.path).execute(["echo", "x"])
 
 
+async def test_a_refusal_cannot_command_a_terminal(tmp_path: Path) -> None:
+    refusal = b'{"error": {"class": "GenericError", "desc": "\\u001b]0;owned\\u0007no \\u009b2Jsuch file"}}\n'
+    answer = {"guest-exec": refusal}
+    async with GuestAgent(tmp_path / "agent", answer=lambda name, _: answer.get(name)) as guest:
+        with pytest.raises(InvalidInput, match="no 2Jsuch file") as refused:
+            await Agent(guest.path).execute(["echo", "x"])
+    assert refused.value.message.isprintable()
+
+
 async def test_a_flood_instead_of_an_answer_is_cut_off(tmp_path: Path) -> None:
     flood = (b"x" * 1023 + b"\n") * (SYNC_MAX // 1024 + 2)
     async with GuestAgent(tmp_path / "agent", answer=lambda *_: flood) as guest:

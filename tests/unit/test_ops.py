@@ -21,7 +21,7 @@ from nagaya.control.authorize import Caller
 from nagaya.control.idempotency import Reply, once
 from nagaya.control.ops import audit, events, images, machines, nodes, server, tasks
 from nagaya.control.plane import Plane
-from nagaya.control.store import Store
+from nagaya.control.store import Store, idempotency
 from nagaya.errors import (
     AcceleratorRefused,
     Conflict,
@@ -551,6 +551,25 @@ async def test_a_request_that_was_taken_but_never_answered_is_not_done_again(pla
     reply, repeated = await once(plane, ME, "key", "print", perform)
     assert (reply.status, repeated) == (202, True)
     assert b'"name":"web1"' in reply.body
+
+
+async def test_a_long_answer_is_not_kept_and_still_not_done_again(plane: Plane) -> None:
+    done = 0
+
+    async def perform() -> Reply:
+        nonlocal done
+        done += 1
+        return Reply(200, b"x" * 1_000_000)
+
+    reply, _ = await once(plane, ME, "key", "print", perform)
+    assert len(reply.body) == 1_000_000
+    with pytest.raises(Conflict, match="was done") as refused:
+        await once(plane, ME, "key", "print", perform)
+    assert refused.value.hint
+    assert done == 1
+    async with plane.store.read() as connection:
+        (row,) = await connection.execute(sa.select(idempotency))
+    assert row.body is None
 
 
 async def test_a_refused_request_may_be_repeated_with_its_key(plane: Plane, node: SimNode) -> None:

@@ -19,12 +19,14 @@ from nagaya import host, wire
 from nagaya.control import views
 from nagaya.control.authorize import Caller
 from nagaya.control.store import Transaction, idempotency, machines
-from nagaya.errors import IdempotencyMismatch, InvalidInput
+from nagaya.errors import Conflict, IdempotencyMismatch, InvalidInput
 
 if TYPE_CHECKING:
     from nagaya.control.plane import Plane
 
 MAX_KEY: Final = 255
+REPLY_MAX: Final = 64 * 1024
+"""Bytes of a reply that are kept. Only a command's output is longer: up to 43 MiB, and the command line sends keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ async def once(
 
     ``fingerprint`` is a digest of method, path and body. Concurrent repetitions wait for the first. A reply is
     remembered for a day when ``perform`` returned; when it raised, nothing is, and a repetition tries again.
-    Raises IdempotencyMismatch when the key came with another request before, InvalidInput for an unusable key.
+    Raises Conflict when it was done and its reply was too long to be kept, IdempotencyMismatch when the key came with
+    another request before, InvalidInput for an unusable key.
     """
     if not 0 < len(key) <= MAX_KEY or not key.isprintable():
         raise InvalidInput(f"An idempotency key has 1 to {MAX_KEY} printable characters")
@@ -70,7 +73,8 @@ async def once(
             finally:
                 _keyed.reset(token)
             async with plane.store.write() as tx:
-                await _remember(tx, keyed, status=reply.status, body=reply.body)
+                kept = reply.body if len(reply.body) <= REPLY_MAX else None
+                await _remember(tx, keyed, status=reply.status, body=kept)
             return reply, False
     finally:
         # Whoever waits keeps its own reference; the next request finds the remembered reply.
@@ -110,6 +114,12 @@ async def _recall(plane: Plane, keyed: _Keyed) -> Reply | None:
         )
     if row.body is not None:
         return Reply(row.status, row.body)
+    if row.task_id is None:
+        raise Conflict(
+            f"The request with the idempotency key {keyed.key!r} was done, and its answer was longer than the "
+            f"{REPLY_MAX // 1024} KiB that are kept",
+            hint="Ask again with a new key if it may be done twice",
+        )
     # The server ended between taking the request and answering it: answer with how things stand.
     task = await plane.tasks.get(row.task_id)
     async with plane.store.read() as connection:

@@ -27,6 +27,7 @@ from msgspec import Meta
 from nagaya import host
 from nagaya.errors import GuestAgentUnavailable, InvalidInput, TimedOut
 from nagaya.model.node import Executed
+from nagaya.text import printable
 
 OUTPUT_MAX: Final = 16 * 1024 * 1024
 """Bytes kept of each of stdout and stderr; the agent itself captures no more."""
@@ -183,7 +184,7 @@ class Agent:
             raise GuestAgentUnavailable(
                 f"The guest's agent does not offer {name}", hint="Its configuration in the guest blocks it"
             )
-        raise _Refused(reply.error.desc[:500] or "no reason given")
+        raise _Refused(printable(reply.error.desc[:500]) or "no reason given")
 
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._streams is None:
