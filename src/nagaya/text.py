@@ -8,9 +8,13 @@ _SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\
 """ECMA-48: control sequences (CSI to a final byte), commands of the system (OSC to BEL or ST), two-character ones."""
 
 
+_COMMANDING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters but lines and tabs; and what makes text be shown in another order than it is written (UAX #9)."""
+
+
 def printable(text: str) -> str:
     """The text without whole control sequences and control characters; lines and tabs stay."""
-    return "".join(c for c in _SEQUENCE.sub("", text) if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+    return _COMMANDING.sub("", _SEQUENCE.sub("", text))
 
 
 def last_lines(text: str, count: int) -> str:

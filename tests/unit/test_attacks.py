@@ -18,6 +18,7 @@ from nagaya.errors import InvalidInput, OutOfResources
 from nagaya.machine.driver import INBOX_MAX, Driver, Prepared
 from nagaya.model.machine import Accelerator, Crashed, MachineSpec
 from nagaya.node.identity import Identities
+from nagaya.text import printable
 from tests.fakes.machine import FakeMachine
 from tests.fakes.qmp import Reply, Wait
 from tests.unit.api_fixtures import Api, serving
@@ -72,6 +73,10 @@ def test_the_log_of_a_background_program_is_no_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         host.spawn([sys.executable, "-c", ""], tmp_path / "server.log")
     assert not (tmp_path / "victim").exists()
+
+
+def test_words_of_others_are_shown_as_they_are_written() -> None:
+    assert printable("rm \u202efdr.txt\u2066\u2028 \x9b2J\x1b]0;x\x07日本\ta\r\n") == "rm fdr.txt 2J日本\ta\n"
 
 
 # --- user ids of machines --------------------------------------------------------------------------------------------
