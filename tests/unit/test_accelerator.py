@@ -136,6 +136,14 @@ async def test_a_demanded_accelerator_that_cannot_be_is_refused_with_the_reason(
     assert "tcg" in (caught.value.hint or "")
 
 
+async def test_a_demanded_accelerator_that_fails_its_trial_leaves_the_others_to_choose(host: Path) -> None:
+    emulator(host, "exit 1")
+    accelerators = Accelerators(host / "cache.json", X86, platform_name="linux")
+    with pytest.raises(AcceleratorRefused, match=r"^kvm cannot execute x86_64 here: (?!kvm)") as caught:
+        await accelerators.choose(X86, Accelerator.KVM, lambda _: (image(), host))
+    assert caught.value.hint == "Leave the accelerator out, or demand one of: tcg"
+
+
 async def test_nothing_is_left_to_try_after_the_last_one_failed(host: Path) -> None:
     emulator(host, GOOD)
     with pytest.raises(AcceleratorRefused, match="anything but tcg"):

@@ -326,10 +326,17 @@ class Accelerators:
                 # Why not a better one is part of why this one.
                 return _because(verdict, reasons)
             reasons.append(f"{accelerator.value}: {verdict.reason}")
-        what = f"{architecture.value} cannot be executed here"
+        if possible == (demanded,):
+            others = [other.value for other in candidates(self._platform, self._own, architecture) if other != demanded]
+            what = f"{demanded} cannot execute {architecture.value} here"
+            reasons = [verdict.reason]
+            hint = "Leave the accelerator out" + (f", or demand one of: {', '.join(others)}" if others else "")
+        else:
+            what = f"{architecture.value} cannot be executed here"
+            hint = "`nagaya doctor` says what was tried and why it failed"
         raise AcceleratorRefused(
             f"{what}: {'; '.join(reasons)}" if reasons else f"{what} by anything but {avoid}, which just failed",
-            hint="`nagaya doctor` says what was tried and why it failed",
+            hint=hint,
             command="nagaya doctor",
             details={"reasons": reasons},
         )

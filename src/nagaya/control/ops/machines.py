@@ -14,7 +14,7 @@ import dataclasses
 import uuid
 from asyncio import get_running_loop
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
 import msgspec
@@ -432,7 +432,12 @@ async def execute(plane: Plane, caller: Caller, ident: str, command: wire.ExecCr
 async def console(plane: Plane, caller: Caller, ident: str) -> AsyncIterator[Console]:
     """``async with console(plane, caller, "web1") as viewer``: join the serial console. Raises Conflict."""
     row = await _noted(plane, ident)
-    async with plane.nodes[row["node"]].console(row["id"]) as viewer:
+    async with AsyncExitStack() as stack:
+        try:
+            viewer = await stack.enter_async_context(plane.nodes[row["node"]].console(row["id"]))
+        except Conflict as error:
+            error.command = error.command or f"nagaya logs {row['name']}"
+            raise
         yield viewer
 
 
