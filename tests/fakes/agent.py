@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nagaya import host
+
 Answer = Callable[[str, Mapping[str, Any]], bytes | None]
 """What is sent for a command, as it is; None sends the honest answer."""
 
@@ -30,7 +32,8 @@ class GuestAgent:
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> GuestAgent:
-        self._server = await asyncio.start_unix_server(self._serve, self.path)
+        with host.socket_path(self.path) as name:
+            self._server = await asyncio.start_unix_server(self._serve, name)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -56,9 +56,8 @@ class FakeMachine:
         self._write(self.runtime / "process.json", record)
         self.qmp = QmpServer(self.runtime / "qmp.sock", self._answer)
         await self.qmp.__aenter__()
-        self._serial = await asyncio.start_unix_server(
-            lambda _, writer: self.serial.put_nowait(writer), self.runtime / "serial.sock"
-        )
+        with host.socket_path(self.runtime / "serial.sock") as name:
+            self._serial = await asyncio.start_unix_server(lambda _, writer: self.serial.put_nowait(writer), name)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nagaya import host
+
 GREETING = {"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}
 
 
@@ -79,7 +81,8 @@ class QmpServer:
         self._writer: asyncio.StreamWriter | None = None
 
     async def __aenter__(self) -> QmpServer:
-        self._server = await asyncio.start_unix_server(self._serve, self.path)
+        with host.socket_path(self.path) as name:
+            self._server = await asyncio.start_unix_server(self._serve, name)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nagaya import host
 from nagaya.errors import Conflict
 from nagaya.machine.console import BEHIND_MAX, SCROLLBACK, ReadyLine, SerialConsole, Viewer
 
@@ -22,7 +23,8 @@ async def line(
     tmp_path: Path,
 ) -> AsyncIterator[tuple[SerialConsole, asyncio.StreamReader, asyncio.StreamWriter, list[int]]]:
     ends: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
-    server = await asyncio.start_unix_server(lambda *pair: ends.put_nowait(pair), tmp_path / "serial")
+    with host.socket_path(tmp_path / "serial") as name:
+        server = await asyncio.start_unix_server(lambda *pair: ends.put_nowait(pair), name)
     heard: list[int] = []
     console = await SerialConsole.connect(tmp_path / "serial", READY, lambda: heard.append(1))
     reader, writer = await ends.get()

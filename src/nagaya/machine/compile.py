@@ -230,8 +230,9 @@ def _socket(name: str, fd: int) -> str:
 def _accelerator(spec: MachineSpec, accelerator: Accelerator) -> str:
     if accelerator is not Accelerator.TCG:
         return accelerator.value
-    threads = "multi" if spec.cpus > 1 else "single"
-    return f"tcg,thread={threads},tb-size={32 if spec.memory_mib <= SMALL_GUEST_MIB else 256}"
+    # One thread runs all vCPUs: with a thread each, QEMU 10.0 aborts now and then while the guest moves its devices'
+    # memory (docs/decisions/0008-one-thread-for-emulation.md).
+    return f"tcg,thread=single,tb-size={32 if spec.memory_mib <= SMALL_GUEST_MIB else 256}"
 
 
 def _cmdline(spec: MachineSpec, launch: Launch, board: _Board) -> str:

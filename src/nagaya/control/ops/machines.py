@@ -663,7 +663,7 @@ def _require_memory_step(architecture: Architecture, memory_mib: int) -> None:
     step = MEMORY_STEP_MIB.get(architecture, 1)
     if memory_mib % step:
         up = (memory_mib // step + 1) * step
-        raise InvalidInput(
+        raise Conflict(
             f"Memory of {architecture.value} machines comes in steps of {step} MiB, and {memory_mib} MiB is none",
             hint=f"Give it {up} MiB: --memory {up}M",
             details={"wanted_mib": memory_mib, "step_mib": step},
