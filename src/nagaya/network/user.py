@@ -130,8 +130,9 @@ async def guard(uids: range) -> str | None:
 
 
 async def remove(uids: range) -> None:
-    """Take Nagaya's table away. Raises CommandFailed when it is not there."""
-    await host.run([_nft() or "nft", "delete", "table", "inet", table_name(uids)], timeout_s=10)
+    """Take Nagaya's table away; nothing happens when it is gone already. Raises CommandFailed."""
+    script = f"table inet {table_name(uids)} {{}}\ndelete table inet {table_name(uids)}\n"
+    await host.run([_nft() or "nft", "-f", "-"], stdin=script.encode(), timeout_s=10)
 
 
 def _nft() -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pwd
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -59,9 +60,14 @@ class Identities:
                 if self.base <= uid < self.base + self.count and str(uid) not in claimed:
                     self._take(uid, Path(entry.path))
 
-    def in_use(self) -> bool:
-        """Whether any machine of this host, of whatever installation, has an id of the range."""
-        return any(self.base <= int(entry) < self.base + self.count for entry in os.listdir(self.claims))
+    def when_unused(self, do: Callable[[], None]) -> None:
+        """Do it if no machine of this host, of whatever installation, has an id of the range.
+
+        Nobody can claim one meanwhile: what ``do`` takes away is not taken from under a machine that starts.
+        """
+        with host.exclusively(self.claims):
+            if not any(self.base <= int(entry) < self.base + self.count for entry in os.listdir(self.claims)):
+                do()
 
     def release(self, directory: Path, uid: int) -> None:
         """Give an id back; a claim of somebody else's is left alone."""

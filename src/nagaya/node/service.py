@@ -266,9 +266,11 @@ class Service:
                 await asyncio.to_thread(shutil.rmtree, directory)
         if self._identities is not None and uid is not None:
             self._identities.release(data, uid)
-            if not self._identities.in_use() and (await self._tried_network()).mode == "passt":
-                # The last machine of this host is gone; the next launch puts the table up again.
-                await user_network.remove(self._uids)
+            if (await self._tried_network()).mode == "passt":
+                # With the last machine of this host; the next launch claims an id first, then puts the table up again.
+                await asyncio.to_thread(
+                    self._identities.when_unused, lambda: asyncio.run(user_network.remove(self._uids))
+                )
         self._publish(Gone(machine_id))
 
     def _known(self, machine_id: str) -> Driver:
